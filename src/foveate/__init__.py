@@ -1,0 +1,62 @@
+"""Foveate: every attention mechanism under one meaning.
+
+Public names are resolved on first use, so that `import foveate` alone does not load torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
+    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "weights"),
+    "foveate.pattern.algebra": ("Pattern",),
+    "foveate.pattern.catalogue": (
+        "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
+        "padding", "prefix", "random_blocks", "rule", "streaming", "window",
+    ),
+    "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
+    "foveate.see.watching": ("watch",),
+}  # fmt: skip
+
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from foveate.errors import FoveateError, InvalidInput, Unsupported
+    from foveate.functional import attention, attention_with_lse, explain, merge, weights
+    from foveate.pattern.algebra import Pattern
+    from foveate.pattern.catalogue import (
+        bigbird,
+        blocks,
+        blockwise,
+        causal,
+        chunks,
+        documents,
+        from_mask,
+        global_tokens,
+        longformer,
+        padding,
+        prefix,
+        random_blocks,
+        rule,
+        streaming,
+        window,
+    )
+    from foveate.score import Score, alibi, alibi_slopes, bias, relative_bias, sinks, softcap
+    from foveate.see.watching import watch

@@ -1,0 +1,155 @@
+"""The command line: each command is one call of a public function; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from foveate.errors import FoveateError, InvalidInput
+
+try:
+    import typer
+except ImportError:
+    sys.exit('the command line needs typer and rich: pip install "foveate[see]"')
+
+app = typer.Typer(
+    help="Every attention mechanism under one meaning, and a way to see what a model looks at.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_SUFFIXES = (".html", ".png", ".svg")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from foveate import __version__
+
+        typer.echo(f"foveate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
+        False
+    ),
+) -> None:
+    """Options that come before a command."""
+
+
+@app.command()
+def see(
+    text: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face model: a folder or a hub id. Default: the bundled MiniLM.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="One layer, counted from 0.")] = None,
+    head: Annotated[int | None, typer.Option(help="One head, counted from 0.")] = None,
+    word: Annotated[str | None, typer.Option("--from", metavar="WORD", help="The word that looks.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="Also write a page (.html) or a picture (.png, .svg); may be repeated.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many keys of each row to keep.", min=1)] = 16,
+) -> None:
+    """Show what each word of a text looks at, in every layer and head of a model."""
+    from rich.console import Console
+
+    from foveate.see.terminal import check_place, show
+    from foveate.see.text import see_text
+
+    paths = [_checked_path(path) for path in out or []]
+    sentence = see_text(sys.stdin.read() if text == "-" else text, model, k=k)
+    check_place(sentence.report, layer, head)
+    row = sentence.places(word)[0] if word is not None else None
+    console = Console()
+    show(sentence, console, layer=layer, head=head, word=word)
+    for path in paths:
+        if path.suffix == ".html":
+            from foveate.see.page import render
+
+            page = render(sentence.report, layer=layer or 0, head=head or 0, token=row)
+            path.write_text(page, encoding="utf-8")
+        else:
+            from foveate.see.plots import picture
+
+            picture(sentence.report, layer=layer or 0, head=head or 0, token=row, path=path)
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _checked_path(path: Path) -> Path:
+    if path.suffix not in _SUFFIXES:
+        raise InvalidInput(f"--out {path} ends in {path.suffix or 'nothing'}: wanted one of {', '.join(_SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise InvalidInput(f"--out {path}: the folder {path.parent} does not exist")
+    return path
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from foveate.dispatch import NAMES, choose
+    from foveate.machine import facts, packages
+    from foveate.problem import problem
+
+    console = Console()
+    for title, rows in (("machine", facts()), ("optional packages", packages())):
+        table = Table("", "", "", title=title, title_justify="left", show_header=False, box=None)
+        for fact in rows:
+            table.add_row(fact.name, fact.value, fact.hint.replace("[", r"\["))
+        console.print(table)
+        console.print()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    table = Table(
+        *("implementation", *devices), title="implementations, for a plain float32 call", title_justify="left"
+    )
+    columns = []
+    for device in devices:
+        x = torch.zeros(1, 1, 2, 8, device=device)
+        choice = choose(problem(x, x, x))
+        columns.append([("chosen" if name == choice.chosen else "; ".join(choice.refusals[name])) or "can run"
+                        for name in NAMES])  # fmt: skip
+    for name, *cells in zip(NAMES, *columns, strict=True):
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.command()
+def patterns(
+    out: Annotated[Path | None, typer.Option(help="Write the gallery as a picture (.png or .svg) instead.")] = None,
+) -> None:
+    """Draw every pattern: who may attend to whom."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from foveate.see.gallery import draw, gallery
+
+    console = Console()
+    if out is not None:
+        if _checked_path(out).suffix == ".html":
+            raise InvalidInput(f"--out {out}: the gallery is a picture, .png or .svg")
+        draw(out)
+        console.print(f"wrote {out}", highlight=False)
+        return
+    pictures = []
+    for name, pattern in gallery():
+        dots = pattern.picture(16, 16).replace("1", "■").replace(".", "·")
+        pictures.append(Panel(Text(dots), title=Text(name), width=max(35, min(len(name) + 6, 52)), padding=0))
+    console.print(Columns(pictures))
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence and exit code 2."""
+    try:
+        app()
+    except FoveateError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,114 @@
+"""Which implementation runs, and why every other one does not."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+
+from foveate.errors import Unsupported, unknown_name
+from foveate.problem import Problem, Result
+
+# The order of preference. `reference` holds n×n weights and flex compiles at run time: see `_automatic`.
+NAMES = ("sdpa", "flex", "chunked", "reference")
+
+Observer = Callable[[Problem], None]
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("foveate_observers", default=())
+
+
+class Implementation(Protocol):
+    """What a file in `softmax/` offers."""
+
+    def refuses(self, problem: Problem) -> list[str]:
+        """Every reason for which it cannot; empty when it can."""
+
+    def run(self, problem: Problem) -> Result:
+        """Compute a problem that it does not refuse."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation runs a problem; prints as a table with every refusal of every other one."""
+
+    chosen: str
+    refusals: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.refusals))
+        lines = []
+        for name, reasons in self.refusals.items():
+            word = "runs" if name == self.chosen else "could run" if not reasons else "; ".join(reasons)
+            lines.append(f"{'→' if name == self.chosen else ' '} {name:<{width}}  {word}")
+            if name == self.chosen and name in _NOTES:
+                lines.append(f"  {'':<{width}}  note: {_NOTES[name]}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_NOTES = {
+    name: "NaN or inf in a key that is hidden from one row but visible to another does reach that row"
+    for name in ("sdpa", "flex")
+}
+
+
+def implementation(name: str) -> Implementation:
+    """The module behind a name, loaded on first use."""
+    match name:
+        case "sdpa" | "flex" | "chunked" | "reference":
+            return cast(Implementation, importlib.import_module(f"foveate.softmax.{name}"))
+        case _:
+            raise unknown_name("backend", name, ("auto", *NAMES))
+
+
+def choose(problem: Problem, backend: str = "auto") -> Choice:
+    """The choice for `backend="auto"` or a named backend, with every reason of every one that does not run."""
+    refusals = {name: implementation(name).refuses(problem) for name in NAMES}
+    if backend != "auto":
+        implementation(backend)
+        if refusals[backend]:
+            raise Unsupported({backend: refusals[backend]})
+        return Choice(backend, refusals)
+    for name in NAMES:
+        if not refusals[name]:
+            refusals[name] = _automatic(name, problem)
+    for name in NAMES:
+        if not refusals[name]:
+            return Choice(name, refusals)
+    raise Unsupported(refusals)
+
+
+def dispatch(problem: Problem, backend: str = "auto") -> Result:
+    """Tell the observers, then run the first implementation that does not refuse, or the named one."""
+    for observer in _OBSERVERS.get():
+        observer(problem)
+    if backend == "auto":
+        for name in NAMES:
+            candidate = implementation(name)
+            if not candidate.refuses(problem) and not _automatic(name, problem):
+                return candidate.run(problem)
+    return implementation(choose(problem, backend).chosen).run(problem)
+
+
+def _automatic(name: str, problem: Problem) -> list[str]:
+    """Why `auto` passes over an implementation that could run."""
+    if name == "reference":
+        return ["holds n×n weights, so it runs only by name"]
+    if name == "flex" and problem.q.device.type == "cpu":
+        return ["compiles at run time, so on a CPU it runs only by name"]
+    return []
+
+
+def observe(observer: Observer) -> Callable[[], None]:
+    """Tell `observer` of every problem in this context from now on; the returned function ends it."""
+    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
+    return lambda: _OBSERVERS.reset(token)
+
+
+def compiling() -> bool:
+    """Whether a graph is being traced, where observers see nothing."""
+    return torch.compiler.is_compiling()

@@ -1,0 +1,1 @@
+"""Foveate inside other libraries' models, one file a library."""

@@ -1,0 +1,163 @@
+"""One call of attention, checked once: every implementation may trust it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InvalidInput
+from foveate.pattern.algebra import Extent, Pairs, Pattern, describe, grid
+from foveate.pattern.catalogue import from_mask
+from foveate.score import Score, bias
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """q `[B, Hq, Nq, D]`, k `[B, Hk, Nk, D]`, v `[B, Hk, Nk, Dv]`, Hq a multiple of Hk; all else has been resolved."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pattern: Pattern | None
+    score: Score | None
+    scale: float
+    query_start: int | Tensor
+    dropout: float
+    seed: int
+    needs_lse: bool
+
+    @property
+    def group(self) -> int:
+        """How many query heads read the same key head."""
+        return self.q.shape[1] // max(self.k.shape[1], 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, query heads, queries, keys)."""
+        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether autograd will ask for any gradient of this call."""
+        tensors = (self.q, self.k, self.v, *(self.score.tensors() if self.score else ()))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def pairs(self, box: tuple[slice, slice, slice, slice] | None = None) -> Pairs:
+        """The positions of all (batch, head, row, key) of the call, or of a box of it."""
+        return grid(*self.shape, self.query_start, self.q.device, box)
+
+
+@dataclass(frozen=True)
+class Result:
+    """out `[B, Hq, Nq, Dv]` in q's dtype; lse `[B, Hq, Nq]`, natural logarithm, float32 or wider, or None."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores, sums and log-sum-exps are held: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    needs_lse: bool = False,
+) -> Problem:
+    """Check a call with four-dimensional q, k, v and resolve its defaults; raises `InvalidInput` in one sentence."""
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v)
+    batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    start = _check_start(query_start, q, keys)
+    if isinstance(pattern, Tensor):
+        if pattern.dtype != torch.bool:
+            raise InvalidInput(
+                f"the pattern is {describe(pattern)}: a boolean tensor (True = may attend) is a mask; "
+                "give a float tensor as score="
+            )
+        pattern = from_mask(pattern)
+    if pattern is not None and not isinstance(pattern, Pattern):
+        raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern or a boolean tensor")
+    if isinstance(score, Tensor):
+        score = bias(score)
+    if score is not None and not isinstance(score, Score):
+        raise InvalidInput(f"the score is a {type(score).__name__}: wanted a score or a float tensor")
+    last = None if isinstance(start, Tensor) else start + queries
+    extent = Extent(batch, heads, queries, keys, last, q.device)
+    for part in (pattern, score):
+        reasons = part.misfits(extent) if part is not None else []
+        if reasons:
+            raise InvalidInput("; ".join(reasons))
+    if not 0 <= dropout < 1:
+        raise InvalidInput(f"dropout is {dropout}: wanted at least 0 and less than 1")
+    if dropout and seed is None:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, ()).item())
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed or 0, needs_lse)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise InvalidInput(f"q, k, v are {kinds}: wanted three tensors")
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    named = {"q": q, "k": k, "v": v}
+    shapes = ", ".join(f"{name} is {describe(x)}" for name, x in named.items())
+    if any(x.dim() != 4 for x in named.values()):
+        raise InvalidInput(f"{shapes}: wanted [batch, heads, length, dim] for each, or all without the batch")
+    if len({x.dtype for x in named.values()}) > 1:
+        raise InvalidInput(f"{shapes}: wanted one dtype for all three; use .to() or torch.autocast")
+    if q.dtype not in _DTYPES:
+        raise InvalidInput(f"q is {describe(q)}: wanted float64, float32, bfloat16 or float16")
+    if len({x.device for x in named.values()}) > 1:
+        raise InvalidInput(f"q, k, v are on {q.device}, {k.device}, {v.device}: wanted one device for all three")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise InvalidInput(f"{shapes}: wanted the same batch size")
+    if k.shape[1] != v.shape[1]:
+        raise InvalidInput(f"{shapes}: wanted as many heads in k as in v")
+    if k.shape[2] != v.shape[2]:
+        raise InvalidInput(f"{shapes}: wanted as many keys in k as in v")
+    if q.shape[3] != k.shape[3]:
+        raise InvalidInput(f"{shapes}: wanted the same head size (last dimension) in q and k")
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise InvalidInput(f"{shapes}: wanted query heads that are a multiple of the key heads")
+
+
+def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
+    if query_start is None:
+        return keys - q.shape[2]
+    if isinstance(query_start, Tensor):
+        if query_start.dtype.is_floating_point or query_start.dtype in (torch.bool, torch.complex64):
+            raise InvalidInput(f"query_start is {describe(query_start)}: wanted integers")
+        if query_start.dim() == 0:
+            query_start = query_start.expand(1)
+        if query_start.dim() != 1 or query_start.shape[0] not in (1, q.shape[0]):
+            raise InvalidInput(f"query_start is {describe(query_start)}: wanted an int or [batch] = [{q.shape[0]}]")
+        if query_start.device != q.device:
+            raise InvalidInput(f"query_start is on {query_start.device} but q is on {q.device}: move it")
+        return query_start
+    if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
+        raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or an integer tensor [batch]")
+    return query_start  # type: ignore[return-value]

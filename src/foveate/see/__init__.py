@@ -1,0 +1,1 @@
+"""Sight: what a model looked at, as data, in the terminal, as a picture and as a page."""

@@ -1,0 +1,66 @@
+"""One example of every pattern by name: what `foveate patterns` and the docs draw."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from foveate.errors import InvalidInput
+from foveate.pattern import catalogue as fv
+from foveate.pattern.algebra import Pattern
+
+Example = tuple[str, Pattern]
+
+
+def gallery() -> list[Example]:
+    """(the expression as one would type it, the pattern), for 16 queries and 16 keys."""
+    ids = torch.tensor([0] * 5 + [1] * 4 + [2] * 7)
+    matrix = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(2, 1)
+    return [
+        ("causal", fv.causal),
+        ("window(3)", fv.window(3)),
+        ("causal & window(4)", fv.causal & fv.window(4)),
+        ("window(3, step=2)", fv.window(3, step=2)),
+        ("window(left=5, right=1)", fv.window(left=5, right=1)),
+        ("chunks(4)", fv.chunks(4)),
+        ("causal & chunks(4)", fv.causal & fv.chunks(4)),
+        ("prefix(5)", fv.prefix(5)),
+        ("causal | prefix(5)", fv.causal | fv.prefix(5)),
+        ("documents(ids)", fv.documents(ids)),
+        ("causal & documents(ids)", fv.causal & fv.documents(ids)),
+        ("padding(lengths)", fv.padding(torch.tensor([11]))),
+        ("global_tokens([0, 8])", fv.global_tokens([0, 8])),
+        ("random_blocks(2, 2, seed=1)", fv.random_blocks(2, 2, seed=1)),
+        ("blocks(matrix, 4)", fv.blocks(matrix, 4)),
+        ("blockwise(window(2), 4)", fv.blockwise(fv.window(2), 4)),
+        ("rule(lambda b, h, q, k: (q + k) % 3 == 0)", fv.rule(_every_third())),
+        ("from_mask(mask)", fv.from_mask(torch.arange(256).view(16, 16) % 7 < 3)),
+        ("longformer(4, [0])", fv.longformer(4, [0])),
+        ("bigbird(2, random=1)", fv.bigbird(2, random=1)),
+        ("streaming(2, 4)", fv.streaming(2, 4)),
+        ("causal & ~window(3)", fv.causal & ~fv.window(3)),
+    ]
+
+
+def draw(path: Path) -> None:
+    """The gallery as one picture, PNG or SVG by the suffix."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidInput('the picture needs matplotlib: pip install "foveate[see]"') from error
+    examples = gallery()
+    columns = 6
+    rows = -(-len(examples) // columns)
+    figure = Figure(figsize=(2.1 * columns, 2.35 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns)
+    for axes, (name, pattern) in zip(grid.flat, examples, strict=False):
+        pattern.plot(16, 16, ax=axes)
+        axes.set_title(name.replace("rule(lambda b, h, q, k: ", "rule(… "), fontsize=7.5, family="monospace")
+        axes.set(xlabel="", ylabel="")
+    for axes in grid.flat[len(examples) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=140)
+
+
+def _every_third() -> Callable[..., torch.Tensor]:
+    return lambda batch, head, query, key: (query + key) % 3 == 0

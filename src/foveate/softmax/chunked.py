@@ -1,0 +1,334 @@
+"""Exact attention in O(N · chunk) memory, forward and backward, in plain PyTorch on any device.
+
+Rows are computed a tile at a time over segments of their visible keys; a running maximum keeps the sum exact,
+and the backward pass computes the weights again from the saved log-sum-exp instead of storing them:
+
+    forward   top, total, sum  ←  rescaled by exp(old top − new top), plus this segment
+    backward  dS = P ∘ (dO·vᵀ − Σ dO ∘ O + d lse),  P = exp(S − lse)
+
+Tiles that the pattern leaves empty are never touched. Rabe & Staats 2021, "Self-attention Does Not Need O(n²)
+Memory": https://arxiv.org/abs/2112.05682
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InvalidInput, Unsupported
+from foveate.pattern import catalogue
+from foveate.pattern.algebra import grid
+from foveate.pattern.summary import Summary, summarise
+from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
+from foveate.problem import Problem, Result, accumulator
+from foveate.score import Score
+from foveate.score import parse as parse_score
+
+_TILE = 128  # rows at once, and the grain at which empty tiles are skipped
+_KEYS = 2048  # keys at once: a segment's scores stay in the cache
+
+Box = tuple[slice, slice, slice, slice]
+
+
+def refuses(problem: Problem) -> list[str]:
+    """Only a rule inside a compiled graph or on tensors without data, since its function cannot cross."""
+    if _holds_function(problem) and (torch.compiler.is_compiling() or _without_data(problem.q)):
+        return ["rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"]
+    return []
+
+
+def run(problem: Problem) -> Result:
+    """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
+    pattern, held = problem.pattern.spec() if problem.pattern is not None else ("", [])
+    if _holds_function(problem):  # a function cannot cross either: its summary can
+        assert problem.pattern is not None
+        start = problem.query_start
+        summary = summarise(problem.pattern, *problem.shape, start, _TILE)
+        pattern, held = "summary", [summary.offsets, summary.columns, summary.partial, summary.bits]
+    score, tensors = problem.score.spec() if problem.score is not None else ("", [])
+    varying = isinstance(problem.query_start, Tensor)
+    out, lse = _forward_op(
+        problem.q, problem.k, problem.v, [x for x in held if isinstance(x, Tensor)], tensors,
+        problem.query_start if varying else None, 0 if varying else problem.query_start,
+        pattern, score, problem.scale, problem.dropout, problem.seed,
+    )  # fmt: skip
+    return Result(out, lse)
+
+
+def _holds_function(problem: Problem) -> bool:
+    return problem.pattern is not None and any(not isinstance(x, Tensor) for x in problem.pattern.spec()[1])
+
+
+def _without_data(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both passes share: the tensors, the tiles, and the scores of one box of pairs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    summary: Summary | None
+    score: Score | None
+    start: int | Tensor
+    scale: float
+    dropout: float
+    seed: int
+    finite: bool
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // max(self.k.shape[1], 1)
+
+    def rows(self) -> Iterator[tuple[Box, list[tuple[slice, list[tuple[slice, Tensor]]]]]]:
+        """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
+        batch, heads, queries, keys = self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+        if self.summary is None:
+            whole = [(slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)]
+            for row in range(0, queries, 2 * _TILE):
+                rows = slice(row, min(row + 2 * _TILE, queries))
+                yield (slice(0, batch), slice(0, heads), rows, slice(0, keys)), whole  # type: ignore[misc]
+            return
+        summary = self.summary
+        columns, partial = summary.columns.tolist(), summary.partial.tolist()
+        for b in range(summary.batch):
+            for h in range(summary.heads):
+                offsets = summary.offsets[b, h].tolist()
+                for row, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+                    box = (
+                        slice(b, b + 1) if summary.batch > 1 else slice(0, batch),
+                        slice(h, h + 1) if summary.heads > 1 else slice(0, heads),
+                        slice(row * _TILE, min((row + 1) * _TILE, queries)),
+                        slice(0, keys),
+                    )
+                    yield box, self._segments(columns[first:end], partial[first:end], box[2])
+
+    def _segments(
+        self, columns: list[int], partial: list[int], rows: slice
+    ) -> list[tuple[slice, list[tuple[slice, Tensor]]]]:
+        """Neighbouring tiles together, at most `_KEYS` keys each, and where in a segment a mask applies."""
+        assert self.summary is not None
+        keys, bound = self.k.shape[2], _KEYS // _TILE
+        segments: list[tuple[slice, list[tuple[slice, Tensor]]]] = []
+        at = 0
+        while at < len(columns):
+            end = at + 1
+            while end < len(columns) and columns[end] == columns[end - 1] + 1 and end - at < bound:
+                end += 1
+            first, last = columns[at] * _TILE, min((columns[end - 1] + 1) * _TILE, keys)
+            places = [n for n in range(at, end) if partial[n] >= 0]
+            masks = []
+            if places:
+                bits = self.summary.masks(torch.tensor([partial[n] for n in places], device=self.k.device))
+                for n, mask in zip(places, bits, strict=True):
+                    left = columns[n] * _TILE - first
+                    right = min(left + _TILE, last - first)
+                    masks.append((slice(left, right), mask[: rows.stop - rows.start, : right - left]))
+            segments.append((slice(first, last), masks))
+            at = end
+        return segments
+
+    def key_heads(self, heads: slice) -> slice:
+        """The key heads that these query heads read."""
+        return slice(heads.start // self.group, -(-heads.stop // self.group))
+
+    def scores(self, box: Box, masks: list[tuple[slice, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(scores as they are normalised, scores after the soft-cap) of a box, `[b, h, rows, keys]`."""
+        b, h, rows, keys = box
+        wide = accumulator(self.q.dtype)
+        q = self.q[b, h, rows].to(wide)
+        k = self.k[b, self.key_heads(h), keys].to(wide)
+        scores = ungroup(group(q, k) @ k.mT, q) if self.finite else raw_scores(q, k)
+        scores = scores.mul_(self.scale)
+        capped = scores
+        if self.score is not None:
+            at = grid(self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2], self.start, q.device, box)
+            if self.score.softcap is not None:
+                capped = scores = self.score.softcap.apply(scores, at)
+            for term in self.score.biases:
+                scores = term.apply(scores, at)
+        if masks and scores is capped:
+            scores = scores.clone() if self.score is not None else scores
+        for place, mask in masks:
+            scores[..., place].masked_fill_(~mask, -math.inf)
+        return scores, capped
+
+    def kept(self, box: Box) -> Tensor | None:
+        """What dropout multiplies the weights of a box with."""
+        if not self.dropout:
+            return None
+        at = grid(self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2], self.start, self.q.device, box)
+        mask = dropout_mask(self.seed, self.dropout, at.batch, at.head, at.query, at.key)
+        return mask.to(accumulator(self.q.dtype)) / (1 - self.dropout)
+
+    def sinks(self, heads: slice) -> Tensor | None:
+        if self.score is None or self.score.sinks is None:
+            return None
+        return self.score.sinks.logits[heads].to(accumulator(self.q.dtype)).view(1, -1, 1, 1)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+) -> _Call:  # fmt: skip
+    position = start if starts is None else starts
+    if pattern == "summary":
+        summary = Summary(q.shape[2], k.shape[2], _TILE, *held)
+    elif pattern:
+        sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        summary = summarise(catalogue.parse(pattern, held), *sizes, position, _TILE)
+    else:
+        summary = None
+    if summary is not None and summary.offsets.device != q.device:
+        parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
+        summary = Summary(q.shape[2], k.shape[2], _TILE, *(part.to(q.device) for part in parts))
+    finite = all(bool(x.isfinite().all()) for x in (q, k, v))
+    parsed = parse_score(score, tensors) if score else None
+    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, finite)
+
+
+@torch.library.custom_op("foveate::chunked_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed)
+    wide = accumulator(q.dtype)
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+    for (b, h, rows, _), segments in call.rows():
+        here = (len(range(*b.indices(q.shape[0]))), h.stop - h.start, rows.stop - rows.start, 1)
+        sinks = call.sinks(h)
+        top = torch.full(here, -math.inf, dtype=wide, device=q.device) if sinks is None else sinks.expand(here).clone()
+        total = torch.full_like(top, 0 if sinks is None else 1)
+        if sinks is not None:
+            total = total.masked_fill(top == -math.inf, 0)
+        summed = torch.zeros(*here[:3], v.shape[3], dtype=wide, device=q.device)
+        for keys, masks in segments:
+            box = (b, h, rows, keys)
+            scores, _ = call.scores(box, masks)
+            raised = torch.maximum(top, scores.amax(-1, keepdim=True))
+            base = raised.masked_fill(raised == -math.inf, 0)
+            shrink = (top - base).exp_()
+            weights = (scores - base).exp_()
+            total = total * shrink + weights.sum(-1, keepdim=True)
+            kept = call.kept(box)
+            values = v[b, call.key_heads(h), keys].to(wide)
+            given = group(weights if kept is None else weights * kept, values)
+            # A fresh product, then one addition: the running sum is not rounded once for every key.
+            summed = summed * shrink + ungroup(given @ values if call.finite else weigh(given, values), summed)
+            top = raised
+        empty = total == 0
+        total = total.masked_fill(empty, 1)
+        out[b, h, rows] = (summed / total).to(q.dtype)
+        lse[b, h, rows] = (total.log() + top.masked_fill(empty, -math.inf)).squeeze(-1)
+    return out, lse
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+@torch.library.custom_op("foveate::chunked_backward", mutates_args=())
+def _backward_op(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+) -> list[Tensor]:  # fmt: skip
+    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed)
+    wide = accumulator(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    d_tensors = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in tensors]
+    # Σ dO ∘ O is what the softmax takes back from every score of a row; the gradient of lse gives it.
+    taken = (d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse.to(wide)[..., None]
+    base = lse.masked_fill(lse == -math.inf, 0)[..., None]
+    biases = _tensors_of_terms(call.score, d_tensors)
+    for (b, h, rows, _), segments in call.rows():
+        heads = call.key_heads(h)
+        q_rows, d_rows = _clean(q[b, h, rows].to(wide), call.finite), d_out[b, h, rows].to(wide)
+        sinks = call.sinks(h)
+        if sinks is not None:
+            share = (sinks - base[b, h, rows]).exp()
+            biases["sinks"][h] -= (share * taken[b, h, rows]).sum((0, 2, 3))
+        for keys, masks in segments:
+            box = (b, h, rows, keys)
+            scores, capped = call.scores(box, masks)
+            weights = (scores - base[b, h, rows]).exp_().masked_fill_(scores == -math.inf, 0)
+            k_rows, v_rows = (_clean(x[b, heads, keys].to(wide), call.finite) for x in (k, v))
+            d_weights = ungroup(group(d_rows, v_rows) @ v_rows.mT, q_rows)
+            kept = call.kept(box)
+            given = weights if kept is None else weights * kept
+            dv[b, heads, keys] += group(given, v_rows).mT @ group(d_rows, v_rows)
+            if kept is not None:
+                d_weights = d_weights * kept
+            d_scores = (d_weights - taken[b, h, rows]).mul_(weights).masked_fill_(weights == 0, 0)
+            if call.score is not None:
+                at = grid(q.shape[0], q.shape[1], q.shape[2], k.shape[2], call.start, q.device, box)
+                for place, term in enumerate(call.score.biases):
+                    term.collect(d_scores, at, biases[str(place)])
+                if call.score.softcap is not None:
+                    d_scores = d_scores * (1 - (capped / call.score.softcap.cap) ** 2)
+            d_scores = group(d_scores.mul_(scale), k_rows)
+            dq[b, h, rows] += ungroup(d_scores @ k_rows, q_rows)
+            dk[b, heads, keys] += d_scores.mT @ group(q_rows, k_rows)
+    pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, tensors, strict=True)]
+    return [gradient.to(x.dtype) for gradient, x in pairs]
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
+
+
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, held, tensors, starts, *rest = inputs
+    ctx.counts = len(held), len(tensors)  # type: ignore[attr-defined,arg-type]
+    ctx.rest = rest  # type: ignore[attr-defined]
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(() if starts is None else (starts,)))  # type: ignore
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_lse: Tensor) -> tuple[object, ...]:
+    held, tensors = ctx.counts  # type: ignore[attr-defined]
+    out, lse, q, k, v, *more = ctx.saved_tensors  # type: ignore[attr-defined]
+    starts = more[held + tensors] if len(more) > held + tensors else None
+    dq, dk, dv, *d_tensors = _backward_op(
+        d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], starts,
+        *ctx.rest,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    return dq, dk, dv, [None] * held, d_tensors, *[None] * (1 + len(ctx.rest))  # type: ignore[attr-defined]
+
+
+def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *gradients: object) -> None:
+    raise Unsupported({"chunked": ['has no second derivative: use backend="reference", which has']})
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_remember)
+_backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _clean(x: Tensor, finite: bool) -> Tensor:
+    return x if finite else x.where(x.isfinite(), 0)
+
+
+def _tensors_of_terms(score: Score | None, totals: list[Tensor]) -> dict[str, Tensor]:
+    """The gradient of each term's tensor: biases by their place, then the sinks; every such term holds one."""
+    if score is None:
+        return {}
+    names = [str(place) for place in range(len(score.biases))] + (["sinks"] if score.sinks else [])
+    if len(names) != len(totals):
+        raise InvalidInput(f"{score!r} holds {len(totals)} tensors: wanted one for each of {names}")
+    return dict(zip(names, totals, strict=True))

@@ -1,0 +1,151 @@
+"""FlexAttention, compiled by torch, with its block mask built from our summary.
+
+Its mask function looks the pair up in the summary's bits, so one compiled kernel serves every pattern: a new mask is
+new data, not new code. Forward on a CPU, forward and backward on CUDA.
+
+Keys hidden from one row but visible to another do matter here if their value holds NaN or inf.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.pattern.algebra import Pairs, starts
+from foveate.pattern.summary import Summary, summarise
+from foveate.problem import Problem, Result, accumulator
+
+_TILE = 128
+
+
+def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
+    """Every reason for which FlexAttention cannot compute this; uncompiled, it is bound to fewer."""
+    q = problem.q
+    reasons = []
+    if q.device.type not in ("cpu", "cuda"):
+        reasons.append(f"q is on {q.device.type} (takes cpu and cuda)")
+    if compiled and q.device.type == "cpu":
+        if problem.needs_gradient:
+            reasons.append("q is on cpu and a gradient is needed")
+        if _needs_lse(problem):
+            reasons.append("q is on cpu and the log-sum-exp is needed")
+        if not (shutil.which("g++") or shutil.which("clang++")):
+            reasons.append("it compiles C++ at run time and there is no g++ or clang++")
+    if compiled and q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        reasons.append("triton is missing")
+    if q.dtype == torch.float64:
+        reasons.append("dtype is float64 (takes float32, bfloat16, float16)")
+    if problem.dropout:
+        reasons.append("it has no dropout")
+    if any(size == 0 for size in (*q.shape, problem.k.shape[2], problem.v.shape[3])):
+        reasons.append("a dimension is empty")
+    if torch.compiler.is_compiling():
+        reasons.append("its block mask depends on data, which a compiled graph does not have")
+    return reasons
+
+
+def run(problem: Problem, *, compiled: bool = True) -> Result:
+    """Compute it; uncompiled (n×n memory, any torch) for tests of the meaning."""
+    summary = _summary(problem)
+    q, k, v = problem.q, problem.k, problem.v
+    seen = None if summary is None else summary.keys_seen()
+    if seen is not None and not bool(seen.all()):
+        # What nobody sees never matters, NaN or not; a key head is seen if one of its group sees it.
+        if seen.shape[1] > 1:
+            seen = seen.unflatten(1, (-1, problem.group)).any(2)
+        k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))
+    attend = _compiled() if compiled else _module().flex_attention
+    needs_lse = _needs_lse(problem)
+    answer = attend(
+        q,
+        k,
+        v,
+        score_mod=_score_mod(problem),
+        block_mask=None if summary is None else _block_mask(summary),
+        scale=problem.scale,
+        enable_gqa=problem.group > 1,
+        return_aux=_module().AuxRequest(lse=True) if needs_lse else None,
+    )
+    if not needs_lse:
+        return Result(answer, None)
+    out, lse = answer[0], answer[1].lse.to(accumulator(q.dtype))
+    if problem.score is not None and problem.score.sinks is not None:
+        # A sink only enlarges the denominator: exp(lse) becomes exp(lse) + exp(sink).
+        logits = problem.score.sinks.logits.to(lse.dtype)[None, :, None]
+        with_sink = torch.logaddexp(lse, logits)
+        share = torch.where(with_sink == -math.inf, 0, (lse - with_sink.masked_fill(with_sink == -math.inf, 0)).exp())
+        out, lse = (out * share[..., None]).to(out.dtype), with_sink
+    return Result(out, lse)
+
+
+def _needs_lse(problem: Problem) -> bool:
+    return problem.needs_lse or (problem.score is not None and problem.score.sinks is not None)
+
+
+def _module() -> Any:
+    from torch.nn.attention import flex_attention
+
+    return flex_attention
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_module().flex_attention, dynamic=False)  # type: ignore[no-any-return]
+
+
+def _summary(problem: Problem) -> Summary | None:
+    if problem.pattern is None:
+        return None
+    return summarise(problem.pattern, *problem.shape, problem.query_start, _TILE)
+
+
+def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
+    score = problem.score
+    if score is None or not (score.softcap or score.biases):
+        return None
+    start = starts(problem.query_start, *(problem.shape[i] for i in (0, 2, 3)), problem.q.device)
+    varies = start.shape[0] > 1
+    first, (_, _, _, keys) = start[0], problem.shape
+
+    def score_mod(value: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        query = row + (start[batch] if varies else first)
+        return score.apply(value, Pairs(batch, head, row, query, key, keys))
+
+    return score_mod
+
+
+def _block_mask(summary: Summary) -> Any:
+    """FlexAttention's BlockMask from our tiles: counts and column indices, partial and full ones apart."""
+    rows, columns = summary.offsets.shape[2] - 1, -(-summary.keys // _TILE)
+    shape = (summary.batch, summary.heads, rows, columns)
+    device = summary.columns.device
+    batch, head, row = summary.rows()
+    empty, full_tile = -2, -1
+    place = torch.full(shape, empty, dtype=torch.int32, device=device)
+    place[batch, head, row, summary.columns] = summary.partial.int()
+    bits = summary.bits if summary.bits.shape[0] else summary.bits.new_zeros(1, *summary.bits.shape[1:])
+    by_batch, by_head = summary.batch > 1, summary.heads > 1
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        tile = place[b if by_batch else b * 0, h if by_head else h * 0, query // _TILE, key // _TILE]
+        byte = bits[tile.clamp(min=0), query % _TILE, key % _TILE // 8]
+        # int32: FlexAttention's compiler has no shift of bytes by a tensor.
+        bit = ((byte.to(torch.int32) >> (key % 8).to(torch.int32)) & 1).to(torch.bool)
+        return torch.where(tile >= 0, bit, tile == full_tile)
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        dense = torch.zeros(shape, dtype=torch.int32, device=device)
+        dense[batch[chosen], head[chosen], row[chosen], summary.columns[chosen]] = 1
+        return dense.sum(-1, dtype=torch.int32), torch.argsort(dense, dim=-1, descending=True, stable=True).int()
+
+    partial, full = listed(summary.partial >= 0), listed(summary.partial < 0)
+    return _module().BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=_TILE, mask_mod=mask_mod, seq_lengths=(summary.queries, summary.keys)
+    )
