@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.pattern.algebra import Pairs
+from foveate.positions import Pairs
 from foveate.primitives import masked_softmax, raw_scores
 from foveate.problem import Problem, accumulator
 
@@ -26,7 +26,9 @@ class Looked:
 
     `indices`, `weights` `[B, H, Nq, k]`: the keys with the largest weights, largest first; weight 0 where fewer keys
     were visible. `rest` `[B, H, Nq]`: the weight that is not among them, so that weights + rest + sink = 1.
-    `received` `[B, H, Nk]`: the sum of the weights that each key got; `watchers`, as long: how many rows may see it. `lse`, `entropy` (nats) `[B, H, Nq]`.
+    `received` `[B, H, Nk]`: the sum of the weights that each key got.
+    `watchers` `[B, H, Nk]`: how many rows may see each key.
+    `lse`, `entropy` (nats) `[B, H, Nq]`.
     """
 
     indices: Tensor

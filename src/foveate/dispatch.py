@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
@@ -20,6 +20,7 @@ Observer = Callable[[Problem], None]
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("foveate_observers", default=())
 
 
+@runtime_checkable
 class Implementation(Protocol):
     """What a file in `softmax/` offers."""
 
@@ -50,10 +51,9 @@ class Choice:
     __repr__ = __str__
 
 
-_NOTES = {
-    name: "NaN or inf in a key that is hidden from one row but visible to another does reach that row"
-    for name in ("sdpa", "flex")
-}
+_NOTES = dict.fromkeys(
+    ("sdpa", "flex"), "NaN or inf in a key that is hidden from one row but visible to another does reach that row"
+)
 
 
 def implementation(name: str) -> Implementation:

@@ -21,10 +21,11 @@ from torch import Tensor
 from foveate import capture
 from foveate.dispatch import Choice, choose, dispatch
 from foveate.errors import InvalidInput
-from foveate.pattern.algebra import Pattern, describe
+from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
 from foveate.score import Score
+from foveate.values import describe
 
 
 def attention(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.pattern.algebra import Extent, Pairs, Pattern, describe, grid
-from foveate.pattern.catalogue import from_mask
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.given import from_mask
+from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
+from foveate.values import describe
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,4 +162,4 @@ def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int 
         return query_start
     if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
         raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or an integer tensor [batch]")
-    return query_start  # type: ignore[return-value]
+    return query_start

@@ -7,7 +7,6 @@ its own tensor (`collect`), so that implementations that recompute their scores 
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.pattern.algebra import Extent, Pairs, describe, identity
-from foveate.pattern.catalogue import mask_misfit
+from foveate.positions import Extent, Pairs
+from foveate.values import Name, describe, device_misfits, floating, identity, mask_misfit, read, spelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class Softcap:
     def apply(self, scores: Tensor, at: Pairs) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
 
-    def write(self, name: Callable[[Tensor], str]) -> str:
+    def write(self, name: Name) -> str:
         return f"softcap({self.cap})"
 
 
@@ -58,7 +57,7 @@ class Alibi:
             return []
         return [f"alibi's slopes are {describe(self.slopes)}: wanted [heads] = {list(want)} or [batch, heads]"]
 
-    def write(self, name: Callable[[Tensor], str]) -> str:
+    def write(self, name: Name) -> str:
         return f"alibi({name(self.slopes)})"
 
 
@@ -90,7 +89,7 @@ class RelativeBias:
             return []
         return [f"the table of relative_bias is {describe(self.table)}: wanted [entries, {extent.heads} heads]"]
 
-    def write(self, name: Callable[[Tensor], str]) -> str:
+    def write(self, name: Name) -> str:
         more = "" if self.max_distance is None else f", {self.max_distance}, bidirectional={self.bidirectional}"
         return f"relative_bias({name(self.table)}{more})"
 
@@ -118,7 +117,7 @@ class Bias:
     def misfits(self, extent: Extent) -> list[str]:
         return mask_misfit("bias", self.tensor, extent)
 
-    def write(self, name: Callable[[Tensor], str]) -> str:
+    def write(self, name: Name) -> str:
         return f"bias({name(self.tensor)})"
 
 
@@ -137,7 +136,7 @@ class Sinks:
             return []
         return [f"the logits of sinks are {describe(self.logits)}: wanted [heads] = [{extent.heads}]"]
 
-    def write(self, name: Callable[[Tensor], str]) -> str:
+    def write(self, name: Name) -> str:
         return f"sinks({name(self.logits)})"
 
 
@@ -179,11 +178,7 @@ class Score:
 
     def misfits(self, extent: Extent) -> list[str]:
         """Every reason for which these tensors do not fit a call of this extent."""
-        reasons = [
-            f"the score has a tensor on {tensor.device} but q is on {extent.device}: move it"
-            for tensor in self.tensors()
-            if tensor.device != extent.device
-        ]
+        reasons = device_misfits("the score", self.tensors(), extent)
         for term in (*self.biases, self.sinks):
             if term is not None:
                 reasons.extend(term.misfits(extent))
@@ -191,13 +186,7 @@ class Score:
 
     def spec(self) -> tuple[str, list[Tensor]]:
         """The canonical string, and the tensors that it calls t[0], t[1]…; `parse` reads the two back."""
-        held: list[Tensor] = []
-
-        def name(tensor: Tensor) -> str:
-            held.append(tensor)
-            return f"t[{len(held) - 1}]"
-
-        return " + ".join(term.write(name) for term in self.terms), held
+        return spelled(lambda name: " + ".join(term.write(name) for term in self.terms))
 
     def tensors(self) -> list[Tensor]:
         """The tensors of all terms, in the order of `spec`."""
@@ -219,7 +208,7 @@ class Score:
 
 def alibi(slopes: Tensor) -> Score:
     """−slope · |query − key|, one slope a head (`[heads]` or `[batch, heads]`); Press et al. 2021, 2108.12409."""
-    return Score(biases=(Alibi(_floating(slopes, "alibi's slopes", (1, 2))),))
+    return Score(biases=(Alibi(floating(slopes, "alibi's slopes", (1, 2))),))
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -239,7 +228,7 @@ def relative_bias(table: Tensor, max_distance: int | None = None, *, bidirection
     1803.02155). With it, T5's buckets, exact for near and logarithmic for far distances (1910.10683);
     `bidirectional=False` for decoders.
     """
-    checked = _floating(table, "the table of relative_bias", (2,))
+    checked = floating(table, "the table of relative_bias", (2,))
     if max_distance is None and table.shape[0] % 2 == 0:
         raise InvalidInput(f"the table of relative_bias is {describe(table)}: wanted 2m + 1 entries, or max_distance=")
     if max_distance is not None and max_distance <= table.shape[0] // (4 if bidirectional else 2):
@@ -251,7 +240,7 @@ def bias(tensor: Tensor) -> Score:
     """A float tensor that broadcasts to `[batch, heads, queries, keys]`, added; its gradient has its own shape."""
     if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
         raise InvalidInput("bias was given a boolean mask: it is a pattern; give it as the pattern, or from_mask(mask)")
-    return Score(biases=(Bias(_floating(tensor, "the bias", (0, 1, 2, 3, 4))),))
+    return Score(biases=(Bias(floating(tensor, "the bias", (0, 1, 2, 3, 4))),))
 
 
 def softcap(cap: float) -> Score:
@@ -263,7 +252,7 @@ def softcap(cap: float) -> Score:
 
 def sinks(logits: Tensor) -> Score:
     """One learned logit a head (`[heads]`) in the denominator, so that a row may attend to nothing (gpt-oss)."""
-    return Score(sinks=Sinks(_floating(logits, "the logits of sinks", (1,))))
+    return Score(sinks=Sinks(floating(logits, "the logits of sinks", (1,))))
 
 
 def t5_bucket(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -291,30 +280,8 @@ NAMES: dict[str, Callable[..., Score]] = {
 
 
 def parse(spec: str, tensors: Sequence[Tensor]) -> Score:
-    """The score that `Score.spec` wrote; nothing but the names above is evaluated."""
-
-    def build(node: ast.expr) -> object:
-        match node:
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return build(left) + build(right)  # type: ignore[operator]
-            case ast.Call(func=ast.Name(id=name)) if name in NAMES:
-                keywords = {word.arg: build(word.value) for word in node.keywords if word.arg}
-                return NAMES[name](*map(build, node.args), **keywords)
-            case ast.Subscript(value=ast.Name(id="t"), slice=ast.Constant(value=int(index))):
-                return tensors[index]
-            case _:
-                return ast.literal_eval(node)
-
-    score = build(ast.parse(spec, mode="eval").body)
+    """The score that `Score.spec` wrote."""
+    score = read(spec, NAMES, tensors)
     if not isinstance(score, Score):
         raise InvalidInput(f"{spec!r} is no score")
     return score
-
-
-def _floating(tensor: object, what: str, dims: tuple[int, ...]) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-        given = describe(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise InvalidInput(f"{what} is {given}: wanted a floating-point tensor")
-    if tensor.dim() not in dims:
-        raise InvalidInput(f"{what} is {describe(tensor)}: wanted {' or '.join(map(str, dims))} dimension(s)")
-    return tensor

@@ -62,9 +62,9 @@ def attention(
     position_bias: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer's attention as transformers calls it: q, k, v `[B, H, N, D]` → out `[B, N, H, Dv]`, and weights if asked.
+    """One layer's attention as transformers calls it: q, k, v `[B, H, N, D]` → out `[B, N, H, Dv]`, weights.
 
-    Weights are exact and n×n, because `output_attentions=True` asks for them.
+    The weights are None unless `output_attentions=True` asks for them; then they are exact, and n×n.
     """
     if more.get("cache") is not None:
         raise FoveateError(f"{type(module).__name__} uses a paged cache, which foveate does not take: use another one")
@@ -106,7 +106,7 @@ def mask(
         from transformers.masking_utils import prepare_padding_mask
 
         kept = prepare_padding_mask(attention_mask.bool(), kv_length, kv_offset)
-        kept = padding(kept[:, kv_offset : kv_offset + kv_length])  # type: ignore[index]
+        kept = padding(kept[:, kv_offset : kv_offset + kv_length])
         pattern = kept if pattern is None else pattern & kept
     # Our key positions count from the first key that is there; a rolling cache has let go of those before it.
     start = q_offset - kv_offset

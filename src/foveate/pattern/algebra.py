@@ -12,7 +12,7 @@ that skips tiles by it stays exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
+from foveate.positions import Extent, Pairs, Tiles, grid
+from foveate.values import Held, Name, describe, device_misfits, identity, spelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,65 +29,6 @@ if TYPE_CHECKING:
     from foveate.pattern.summary import Summary
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Held = Tensor | MaskMod
-Name = Callable[[Held], str]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Index tensors that broadcast against each other; `query` is the position, `row` the place in q.
-
-    `query = row + query_start`. `keys` is how many keys there are, None where nobody said (a bare mask_mod).
-    `box` says the same as batch, head, row and key where these are contiguous: it reads a matrix without a copy.
-    """
-
-    batch: Tensor
-    head: Tensor
-    row: Tensor
-    query: Tensor
-    key: Tensor
-    keys: int | None = None
-    box: tuple[slice, slice, slice, slice] | None = None
-
-    def of(self, table: Tensor) -> Tensor:
-        """The entries of `[batch, heads, queries, keys]` at these pairs; a dimension of size 1 stands for all."""
-        shape = table.shape
-        if self.box is not None:
-            return table[tuple(slice(None) if n == 1 else part for n, part in zip(shape, self.box, strict=True))]
-        places = (self.batch, self.head, self.row, self.key)
-        return table[
-            tuple(
-                place.clamp(0, n - 1) if n > 1 else torch.zeros_like(place)
-                for place, n in zip(places, shape, strict=True)
-            )
-        ]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rectangles of pairs, one entry a tile; the `_end` bounds are exclusive and no tile is without a pair."""
-
-    batch: Tensor
-    head: Tensor
-    row: Tensor
-    row_end: Tensor
-    query: Tensor
-    query_end: Tensor
-    key: Tensor
-    key_end: Tensor
-    keys: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The sizes of a call that a pattern has to fit; `last` is the highest query position + 1, None if unknown."""
-
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    last: int | None
-    device: torch.device
 
 
 class Pattern:
@@ -105,11 +48,7 @@ class Pattern:
 
     def misfits(self, extent: Extent) -> list[str]:
         """Every reason for which this pattern's tensors do not fit a call of this extent."""
-        return [
-            f"{self!r} has a tensor on {tensor.device} but q is on {extent.device}: move it"
-            for tensor in self.tensors()
-            if tensor.device != extent.device
-        ]
+        return device_misfits(repr(self), self.tensors(), extent)
 
     def write(self, name: Name) -> str:
         """The expression that makes this pattern; `name` writes what no literal can: tensors and functions."""
@@ -117,13 +56,7 @@ class Pattern:
 
     def spec(self) -> tuple[str, list[Held]]:
         """The canonical string, and what it calls t[0], t[1]…; `catalogue.parse` reads the two back."""
-        held: list[Held] = []
-
-        def name(thing: Held) -> str:
-            held.append(thing)
-            return f"t[{len(held) - 1}]"
-
-        return self.write(name), held
+        return spelled(self.write)
 
     def tensors(self) -> list[Tensor]:
         """The tensors this pattern holds."""
@@ -301,72 +234,7 @@ def _join(kind: type[And] | type[Or], left: Pattern, right: object) -> Pattern:
     return kind(tuple(parts))
 
 
-def describe(thing: object) -> str:
-    """A tensor inside a repr, `<int64 2×17>`; anything else by its name or its type."""
-    if not isinstance(thing, Tensor):
-        return getattr(thing, "__name__", type(thing).__name__)
-    size = "×".join(str(n) for n in thing.shape) or "scalar"
-    return f"<{str(thing.dtype).removeprefix('torch.')} {size}>"
-
-
-def identity(value: Any) -> Any:
-    """What stands for `value` in a comparison: tensors count by identity and version, all else by value."""
-    if isinstance(value, Tensor):
-        return (id(value), None if value.is_inference() else value._version)
-    return value
-
-
 def device_of(pattern: Pattern) -> torch.device:
     """Where this pattern's tensors live; the CPU for one without tensors."""
     tensors = pattern.tensors()
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def starts(query_start: int | Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """`query_start` as a tensor `[batch]`, or `[1]` where all rows share it; None aligns the last query with the last key."""
-    if isinstance(query_start, Tensor):
-        return query_start.to(device=device, dtype=torch.int64)
-    return torch.full((1,), keys - queries if query_start is None else query_start, device=device)
-
-
-def grid(
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    query_start: int | Tensor | None,
-    device: torch.device,
-    box: tuple[slice, slice, slice, slice] | None = None,
-) -> Pairs:
-    """All pairs of a call, or those of a `box` of it, as tensors that broadcast to `[batch, heads, queries, keys]`."""
-    all_of = slice(0, batch), slice(0, heads), slice(0, queries), slice(0, keys)
-    b, h, r, k = box or all_of
-    row = torch.arange(r.start, r.stop, device=device).view(1, 1, -1, 1)
-    start = starts(query_start, batch, queries, keys, device)
-    return Pairs(
-        batch=torch.arange(b.start, b.stop, device=device).view(-1, 1, 1, 1),
-        head=torch.arange(h.start, h.stop, device=device).view(1, -1, 1, 1),
-        row=row,
-        query=row + (start[b] if start.shape[0] > 1 else start).view(-1, 1, 1, 1),
-        key=torch.arange(k.start, k.stop, device=device).view(1, 1, 1, -1),
-        keys=keys,
-        box=box or all_of,
-    )
-
-
-def whole(value: object, what: str, least: int) -> int:
-    """`value` as an int of at least `least`, or a clear error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
-        raise InvalidInput(f"{what} is {value!r}: wanted a whole number of at least {least}")
-    return value  # type: ignore[return-value]
-
-
-def integers(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
-    """`tensor` as an integer tensor with one of these numbers of dimensions, or a clear error that names it."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidInput(f"{what} is a {type(tensor).__name__}: wanted an integer tensor")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise InvalidInput(f"{what} is {describe(tensor)}: wanted integers")
-    if tensor.dim() not in dims:
-        raise InvalidInput(f"{what} is {describe(tensor)}: wanted {' or '.join(map(str, dims))} dimension(s)")
-    return tensor

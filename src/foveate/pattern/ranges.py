@@ -49,3 +49,9 @@ def hashed(seed: int, first: Tensor, second: Tensor, third: int) -> Tensor:
         value = value ^ (value >> 16)
         value = (value * 5 + 0xE6546B64) & 0xFFFFFFFF
     return value
+
+
+def lookup(table: Tensor, batch: Tensor, position: Tensor) -> Tensor:
+    """table[batch, position]; a position outside the table is clamped: its pair lies outside the call as well."""
+    row = batch if table.shape[0] > 1 else torch.zeros_like(batch)
+    return table[row, position.clamp(0, max(table.shape[1] - 1, 0))]

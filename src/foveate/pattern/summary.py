@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.pattern.algebra import Held, Pairs, Pattern, Tiles, identity, starts
+from foveate.pattern.algebra import Pattern
+from foveate.positions import Pairs, Tiles, starts
+from foveate.values import Held, identity
 
 _PAIRS_AT_ONCE = 1 << 20  # how many pairs of partial tiles are evaluated in one go: what a cache holds
 

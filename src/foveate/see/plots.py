@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foveate.errors import InvalidInput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
     from foveate.see.report import Report
 
+LONGEST, SIGNS = 18, {"\n": "⏎", "\t": "⇥"}
 SHORT = 40  # tokens; a longer text is shown by its top keys and the words around them
 PAPER, INK, QUIET, EYE = "#fffefb", "#211d17", "#6d6558", "#0f6c8d"
 RAMP = ["#fffefb", "#ffe2b5", "#fb9a41", "#c2410c"]  # as on the page; heat follows the square root of the weight
@@ -59,7 +61,10 @@ def _looks_at(report: Report, layer: int, head: int, token: int) -> dict[int, fl
 
 
 def _heading(axes: Axes, report: Report, layer: int, head: int, token: int | None) -> None:
-    reading = "What every token looks at" if token is None else f"What “{_visible(report.tokens[token])}” looks at"
+    if token is not None:
+        reading = f"What “{_visible(report.tokens[token])}” looks at"
+    else:
+        reading = "What every token looks at" if len(report.tokens) <= SHORT else "What is looked at most"
     _write(axes, 0.4, 0.42, reading, size=15, weight="bold")
     where = f"layer {layer}, head {head} of {report.model} · attention is a weight, not a cause"
     _write(axes, 0.4, 0.75, where, size=9, color=QUIET)
@@ -68,51 +73,61 @@ def _heading(axes: Axes, report: Report, layer: int, head: int, token: int | Non
 def _columns(axes: Axes, report: Report, layer: int, head: int, token: int | None) -> None:
     """Rows on the left, keys on the right, a line for every weight between them."""
     rows = range(len(report.tokens)) if token is None else [token]
-    for row in rows:
-        for key, weight in sorted(_looks_at(report, layer, head, row).items(), key=lambda item: item[1]):
-            x = [2.0 + 1.5 * i / 24 for i in range(25)]
-            bend = [t * t * (3 - 2 * t) for t in (i / 24 for i in range(25))]  # leaves and arrives level
-            y = [_at(row) + (_at(key) - _at(row)) * b for b in bend]
-            axes.plot(
-                x, y, color=_heat(max(weight, 0.05)), lw=0.6 + 5 * weight, alpha=min(1.0, 0.25 + weight), zorder=1
-            )
+    edges = [(weight, row, key) for row in rows for key, weight in _looks_at(report, layer, head, row).items()]
+    for weight, row, key in sorted(edges):  # the heaviest on top
+        x = [2.0 + 1.5 * i / 24 for i in range(25)]
+        bend = [t * t * (3 - 2 * t) for t in (i / 24 for i in range(25))]  # leaves and arrives level
+        y = [_at(row) + (_at(key) - _at(row)) * b for b in bend]
+        alpha = min(1.0, 0.5 + weight)
+        axes.plot(x, y, color=_heat(max(weight, 0.05)), lw=0.6 + 5 * weight, alpha=alpha, zorder=1)
     for row, word in enumerate(report.tokens):
         chosen = token is None or row == token
         box = {"boxstyle": "round,pad=0.25", "fc": PAPER, "ec": EYE, "lw": 1.4} if row == token else None
         color = EYE if row == token else INK if chosen else QUIET
-        _write(axes, 1.92, _at(row), word, ha="right", size=10, color=color, alpha=1 if chosen else 0.65, bbox=box)
+        _write(
+            axes,
+            1.92,
+            _at(row),
+            _visible(word),
+            ha="right",
+            size=10,
+            color=color,
+            alpha=1 if chosen else 0.65,
+            bbox=box,
+        )
 
 
 def _bars(axes: Axes, report: Report, layer: int, head: int, token: int | None, keys: list[int], short: bool) -> None:
     """Each key with its share as heat and as a bar, and below them the share that no bar shows."""
     listed = {} if token is None else _looks_at(report, layer, head, token)
     mean = report.received[layer, head].tolist()
-    left, full = 5.6, 2.5
-    top = max(mean) if token is None else 1.0
+    left, full = (5.2, 2.9) if short else (5.6, 2.5)
+    top = max([*mean, 1e-9]) if token is None else 1.0
     for place, key in enumerate(keys):
         share = mean[key] if token is None else listed.get(key, 0.0)
-        y, color = _at(place), _heat(share / top if top else 0.0)
+        y, color = _at(place), _heat(share / top)
         box = {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}
         if short:
-            _write(axes, 3.6, y, report.tokens[key], size=10, color=_letters(color), bbox=box)
+            _write(axes, 3.6, y, _visible(report.tokens[key]), size=10, color=_letters(color), bbox=box)
         else:
             before, after = report.tokens[max(0, key - 3) : key], report.tokens[key + 1 : key + 4]
-            _write(axes, 2.2, y, " ".join(before), ha="right", size=8.5, color=QUIET)
-            name = _write(axes, 2.35, y, report.tokens[key], size=10, color=_letters(color), bbox=box)
-            end = name.get_window_extent().transformed(axes.transData.inverted()).x1  # type: ignore[attr-defined]
-            _write(axes, end + 0.15, y, " ".join(after), size=8.5, color=QUIET)
-        axes.barh(
-            y, full * share / top if top else 0, height=0.17, left=left, color=_heat(max(share / (top or 1), 0.05))
-        )
-        number = f"{share:.1%}" if share or token is None else "–"
+            _write(axes, 2.2, y, _words(before), ha="right", size=8.5, color=QUIET)
+            name = _write(axes, 2.35, y, _visible(report.tokens[key]), size=10, color=_letters(color), bbox=box)
+            end = name.get_window_extent().transformed(axes.transData.inverted()).x1
+            _write(axes, end + 0.15, y, _words(after), size=8.5, color=QUIET)
+        axes.barh(y, full * share / top, height=0.17, left=left, color=_heat(max(share / top, 0.05)))
+        number = f"{share:.1%}" if share or token is None else "unlisted"
         _write(axes, left + full + 0.15, y, number, size=9)
 
     y = _at(len(keys)) + 0.08
     axes.plot([3.6 if short else 0.4, 8.75], [y - 0.19] * 2, color="#e5ded1", lw=0.8)
     if token is None:
-        _write(axes, 8.75, y, "bars: mean weight that each key receives", ha="right", size=9, color=QUIET)
+        lines = f"not shown as lines: {float(report.rest()[layer, head].mean()):.1%}"
+        most = f"the {len(keys)} largest of {len(mean)}"
+        says = f"bars: mean weight that each key receives, beside the largest; {lines if short else most}"
+        _write(axes, 8.75, y, says, ha="right", size=9, color=QUIET)
         return
-    hidden = min(1.0, max(0.0, 1 - sum(listed.get(key, 0.0) for key in keys)))
+    hidden = min(1.0, max(0.0, 1 - sum(listed.get(key, 0.0) for key in keys)))  # of the whole row, not of the top
     _write(axes, 3.6 if short else 2.35, y, "not shown", size=10, weight="bold")
     axes.barh(y, full * hidden, height=0.17, left=left, fc="none", ec=QUIET, hatch="//////", lw=0.8)
     _write(axes, left + full + 0.15, y, f"{hidden:.1%}", size=9, weight="bold")
@@ -123,19 +138,21 @@ def _at(place: int) -> float:
     return 1.25 + 0.3 * place
 
 
-def _write(axes: Axes, x: float, y: float, words: str, **style: object) -> object:
-    words = _visible(words)
-    if len(words) > 48:
-        words = words[:47] + "…"
+def _write(axes: Axes, x: float, y: float, words: str, *, color: str = INK, **style: Any) -> Text:
     # A token may hold dollar signs: they are no mathematics.
-    options: dict[str, object] = {"color": INK, "va": "center", "parse_math": False, **style}
-    return axes.text(x, y, words, **options)  # type: ignore[arg-type]
+    return axes.text(x, y, words, color=color, va="center", parse_math=False, **style)
 
 
 def _visible(token: str) -> str:
-    """The token with signs in place of line breaks and of what a font cannot draw."""
-    token = token.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(letter if letter.isprintable() else "·" for letter in token) if token.strip() else "␣"
+    """The token, cut where it is long, with signs in place of line breaks and of what no font draws."""
+    if not token.strip(" "):
+        return "␣"
+    token = token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+    return "".join(letter if letter.isprintable() else SIGNS.get(letter, "·") for letter in token)
+
+
+def _words(tokens: list[str]) -> str:
+    return " ".join(_visible(token)[:12] for token in tokens)
 
 
 def _heat(share: float) -> str:

@@ -46,8 +46,8 @@ def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
         import transformers
     except ImportError as error:
         raise FoveateError('foveate see runs a Hugging Face model: pip install "foveate[demo]"') from error
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     place = bundled_model() if model is None else _checked_place(model)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)

@@ -64,9 +64,10 @@ class Seen:
 
 @contextmanager
 def watch(model: nn.Module | None = None) -> Iterator[Seen]:
-    """Record every attention call of `model` while the `with` runs; a Hugging Face model is switched to foveate meanwhile.
+    """Record every attention call of `model` while the `with` runs.
 
-    Without a model, every `fv.attention` call of this thread is recorded.
+    A Hugging Face model is switched to foveate meanwhile. Without a model, every `fv.attention` call of this
+    thread is recorded.
 
     >>> import torch
     >>> import foveate as fv

@@ -10,19 +10,18 @@ Tiles that the pattern leaves empty are never touched. Rabe & Staats 2021, "Self
 Memory": https://arxiv.org/abs/2112.05682
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput, Unsupported
 from foveate.pattern import catalogue
-from foveate.pattern.algebra import grid
 from foveate.pattern.summary import Summary, summarise
+from foveate.positions import grid
 from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator
 from foveate.score import Score
@@ -90,17 +89,19 @@ class _Call:
         """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
         batch, heads, queries, keys = self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
         if self.summary is None:
-            whole = [(slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)]
+            whole: list[tuple[slice, list[tuple[slice, Tensor]]]] = [
+                (slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)
+            ]
             for row in range(0, queries, 2 * _TILE):
                 rows = slice(row, min(row + 2 * _TILE, queries))
-                yield (slice(0, batch), slice(0, heads), rows, slice(0, keys)), whole  # type: ignore[misc]
+                yield (slice(0, batch), slice(0, heads), rows, slice(0, keys)), whole
             return
         summary = self.summary
         columns, partial = summary.columns.tolist(), summary.partial.tolist()
         for b in range(summary.batch):
             for h in range(summary.heads):
                 offsets = summary.offsets[b, h].tolist()
-                for row, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+                for row, (first, end) in enumerate(pairwise(offsets)):
                     box = (
                         slice(b, b + 1) if summary.batch > 1 else slice(0, batch),
                         slice(h, h + 1) if summary.heads > 1 else slice(0, heads),
@@ -248,7 +249,9 @@ def _backward_op(
     call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed)
     wide = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    d_tensors = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in tensors]
+    # One entry of a slope or a table collects from a whole matrix: float64 where there is any.
+    fine = wide if q.device.type == "mps" else torch.float64
+    d_tensors = [torch.zeros(x.shape, dtype=fine, device=x.device) for x in tensors]
     # Σ dO ∘ O is what the softmax takes back from every score of a row; the gradient of lse gives it.
     taken = (d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse.to(wide)[..., None]
     base = lse.masked_fill(lse == -math.inf, 0)[..., None]
@@ -259,7 +262,7 @@ def _backward_op(
         sinks = call.sinks(h)
         if sinks is not None:
             share = (sinks - base[b, h, rows]).exp()
-            biases["sinks"][h] -= (share * taken[b, h, rows]).sum((0, 2, 3))
+            biases["sinks"][h] -= (share * taken[b, h, rows]).to(fine).sum((0, 2, 3))
         for keys, masks in segments:
             box = (b, h, rows, keys)
             scores, capped = call.scores(box, masks)
@@ -275,7 +278,7 @@ def _backward_op(
             if call.score is not None:
                 at = grid(q.shape[0], q.shape[1], q.shape[2], k.shape[2], call.start, q.device, box)
                 for place, term in enumerate(call.score.biases):
-                    term.collect(d_scores, at, biases[str(place)])
+                    term.collect(d_scores.to(fine), at, biases[str(place)])
                 if call.score.softcap is not None:
                     d_scores = d_scores * (1 - (capped / call.score.softcap.cap) ** 2)
             d_scores = group(d_scores.mul_(scale), k_rows)
@@ -298,7 +301,7 @@ def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ..
     q, k, v, held, tensors, starts, *rest = inputs
     ctx.counts = len(held), len(tensors)  # type: ignore[attr-defined,arg-type]
     ctx.rest = rest  # type: ignore[attr-defined]
-    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(() if starts is None else (starts,)))  # type: ignore
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(() if starts is None else (starts,)))  # type: ignore[arg-type,misc]
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_lse: Tensor) -> tuple[object, ...]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.pattern.algebra import Pairs, starts
 from foveate.pattern.summary import Summary, summarise
+from foveate.positions import Pairs, starts
 from foveate.problem import Problem, Result, accumulator
 
 _TILE = 128
@@ -31,9 +31,9 @@ def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
     reasons = []
     if q.device.type not in ("cpu", "cuda"):
         reasons.append(f"q is on {q.device.type} (takes cpu and cuda)")
+    if q.device.type == "cpu" and problem.needs_gradient:
+        reasons.append("q is on cpu and a gradient is needed")
     if compiled and q.device.type == "cpu":
-        if problem.needs_gradient:
-            reasons.append("q is on cpu and a gradient is needed")
         if _needs_lse(problem):
             reasons.append("q is on cpu and the log-sum-exp is needed")
         if not (shutil.which("g++") or shutil.which("clang++")):
@@ -97,7 +97,7 @@ def _module() -> Any:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(_module().flex_attention, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(_module().flex_attention, dynamic=False)
 
 
 def _summary(problem: Problem) -> Summary | None:
@@ -110,13 +110,14 @@ def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
     score = problem.score
     if score is None or not (score.softcap or score.biases):
         return None
-    start = starts(problem.query_start, *(problem.shape[i] for i in (0, 2, 3)), problem.q.device)
+    batch, _, queries, keys = problem.shape
+    start = starts(problem.query_start, batch, queries, keys, problem.q.device)
     varies = start.shape[0] > 1
-    first, (_, _, _, keys) = start[0], problem.shape
+    first = start[0]
 
-    def score_mod(value: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        query = row + (start[batch] if varies else first)
-        return score.apply(value, Pairs(batch, head, row, query, key, keys))
+    def score_mod(value: Tensor, b: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        query = row + (start[b] if varies else first)
+        return score.apply(value, Pairs(b, head, row, query, key, keys))
 
     return score_mod
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.catalogue import Causal, FromMask, PaddingKeep, PaddingLengths
+from foveate.pattern.given import FromMask
+from foveate.pattern.packing import PaddingKeep, PaddingLengths
+from foveate.pattern.positional import Causal
 from foveate.problem import Problem, Result
 from foveate.score import Bias
 
@@ -19,7 +21,7 @@ from foveate.score import Bias
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which a fused kernel would compute something else, or an n×n fallback would run."""
     q, v = problem.q, problem.v
-    batch, heads, queries, keys = problem.shape
+    _, _, queries, keys = problem.shape
     reasons = []
     if problem.needs_lse:
         reasons.append("returns no log-sum-exp")

@@ -1,0 +1,68 @@
+# Every target makes what it needs; `make` alone lists them.
+# make PYTHON=python3.13     another Python to start from          make VENV=../env           another environment
+# make test ARGS="-k window" more options for pytest
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+SENTENCE := The animal didn't cross the street because it was too tired.
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all check docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.demo ## see what a pretrained model looks at: in the terminal, animal.html and animal.png
+	@$(BIN)/foveate see "$(SENTENCE)" --layer 3 --head 1 --from it --out animal.html --out animal.png
+
+test: $(VENV)/.dev ## run the tests, in about three minutes
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.dev ## run the slow tests too
+	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.dev ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "the documentation is in site/index.html"
+
+clean: ## remove what the targets wrote, but keep the virtual environment
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis animal.html animal.png
+	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps say which extra was installed last, with the versions of constraints.txt. dev contains demo.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,demo)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,dev)
+	@touch $(VENV)/.demo $@
+
+define install
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	echo "$(VENV) has no pip: delete $(VENV) and try again, or run $(BIN)/python -m ensurepip" >&2; exit 1; }
+@echo "installing foveate[$(1)] into $(VENV): a few minutes the first time"
+@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(1)]'
+endef
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) was not found: install Python 3.11 or newer, or name it: make PYTHON=python3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Foveate needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one, as in make PYTHON=python3.13" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null || { rm -f $(BIN)/python; \
+		echo "$(PYTHON) could not make a virtual environment with pip in $(VENV): on Debian and Ubuntu install python3-venv" >&2; exit 1; }

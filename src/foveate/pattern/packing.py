@@ -1,0 +1,192 @@
+"""Patterns of what a batch holds: documents packed into one row, and padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InvalidInput
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.fit import batch_misfit, row_misfit
+from foveate.pattern.ranges import count_in, extremes_in, lookup
+from foveate.positions import Extent, Pairs, Tiles
+from foveate.values import Name, describe, integers
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Documents(Pattern):
+    """Equal ids see each other, by absolute position; a negative id belongs to no document."""
+
+    ids: Tensor
+
+    def visible(self, at: Pairs) -> Tensor:
+        ids = _with_batch(self.ids)
+        query, key = lookup(ids, at.batch, at.query), lookup(ids, at.batch, at.key)
+        return (query == key) & (query >= 0)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        ids = _with_batch(self.ids)
+        return _same_document(
+            extremes_in(ids, tiles.batch, tiles.query, tiles.query_end),
+            extremes_in(ids, tiles.batch, tiles.key, tiles.key_end),
+        )
+
+    def misfits(self, extent: Extent) -> list[str]:
+        need = max(extent.keys, extent.last or 0)
+        return super().misfits(extent) + row_misfit(self, _with_batch(self.ids), extent, need, "positions")
+
+    def write(self, name: Name) -> str:
+        return f"documents({name(self.ids)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DocumentPairs(Pattern):
+    """Equal ids see each other, where queries and keys are numbered apart, by their row in q and in k."""
+
+    query_ids: Tensor
+    key_ids: Tensor
+
+    def visible(self, at: Pairs) -> Tensor:
+        query = lookup(_with_batch(self.query_ids), at.batch, at.row)
+        return (query == lookup(_with_batch(self.key_ids), at.batch, at.key)) & (query >= 0)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        return _same_document(
+            extremes_in(_with_batch(self.query_ids), tiles.batch, tiles.row, tiles.row_end),
+            extremes_in(_with_batch(self.key_ids), tiles.batch, tiles.key, tiles.key_end),
+        )
+
+    def misfits(self, extent: Extent) -> list[str]:
+        return [
+            *super().misfits(extent),
+            *row_misfit(self, _with_batch(self.query_ids), extent, extent.queries, "queries", exact=True),
+            *row_misfit(self, _with_batch(self.key_ids), extent, extent.keys, "keys", exact=True),
+        ]
+
+    def write(self, name: Name) -> str:
+        return f"documents({name(self.query_ids)}, {name(self.key_ids)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedDocuments(Pattern):
+    """Documents laid end to end: number i covers positions cu_seqlens[i] to cu_seqlens[i + 1]; past the last, none."""
+
+    cu_seqlens: Tensor
+
+    def _id(self, position: Tensor) -> Tensor:
+        number = torch.searchsorted(self.cu_seqlens, position.to(self.cu_seqlens.dtype).contiguous(), right=True) - 1
+        return torch.where(number < self.cu_seqlens.shape[0] - 1, number, -1)
+
+    def visible(self, at: Pairs) -> Tensor:
+        query, key = self._id(at.query), self._id(at.key)
+        return (query == key) & (query >= 0)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        past = self.cu_seqlens.shape[0] - 1  # sorts what belongs to no document behind the last one
+
+        def ends(first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = self._id(first), self._id(end - 1)
+            low_known = torch.where((low < 0) & (first >= self.cu_seqlens[-1]), past, low)
+            return low_known, torch.where((high < 0) & (end > self.cu_seqlens[-1]), past, high)
+
+        (low_q, high_q), (low_k, high_k) = ends(tiles.query, tiles.query_end), ends(tiles.key, tiles.key_end)
+        may = (low_q <= high_k) & (low_k <= high_q) & (high_q >= 0) & (low_q < past)
+        return may, may & (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q >= 0)
+
+    def write(self, name: Name) -> str:
+        return f"documents(cu_seqlens={name(self.cu_seqlens)})"
+
+
+def documents(ids: Tensor | None = None, key_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Pattern:
+    """Packed sequences: different documents never see each other, and a negative id belongs to none.
+
+    `documents(ids)`: ids `[batch, length]` or `[length]` by absolute position, for queries and keys alike.
+    `documents(query_ids, key_ids)`: apart, by row of q and of k (cross-attention).
+    `documents(cu_seqlens=)`: `[documents + 1]` offsets, as flash-attn's varlen calls take them.
+
+    >>> print(documents(torch.tensor([0, 0, 1])).picture(3, 3))
+    1 1 .
+    1 1 .
+    . . 1
+    """
+    if cu_seqlens is not None:
+        if ids is not None or key_ids is not None:
+            raise InvalidInput("documents was given ids and also cu_seqlens: give one of them")
+        offsets = integers(cu_seqlens, "cu_seqlens", [1])
+        if offsets.shape[0] < 1:
+            raise InvalidInput("cu_seqlens is empty: wanted the offsets 0, len₁, len₁ + len₂, …")
+        return PackedDocuments(offsets)
+    if ids is None:
+        raise InvalidInput("documents was given nothing: give ids, or query_ids and key_ids, or cu_seqlens=")
+    first = integers(ids, "the ids of documents", [1, 2])
+    if key_ids is None:
+        return Documents(first)
+    return DocumentPairs(first, integers(key_ids, "the key_ids of documents", [1, 2]))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PaddingLengths(Pattern):
+    """The first lengths[b] keys of each batch row are real."""
+
+    lengths: Tensor
+
+    def visible(self, at: Pairs) -> Tensor:
+        return at.key < self.lengths[at.batch]
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        length = self.lengths[tiles.batch]
+        return tiles.key < length, tiles.key_end <= length
+
+    def misfits(self, extent: Extent) -> list[str]:
+        return super().misfits(extent) + batch_misfit(self, [self.lengths], extent)
+
+    def write(self, name: Name) -> str:
+        return f"padding({name(self.lengths)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PaddingKeep(Pattern):
+    """The keys marked True are real, on whichever side the padding lies."""
+
+    keep: Tensor
+
+    def visible(self, at: Pairs) -> Tensor:
+        return lookup(self.keep, at.batch, at.key)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        count = count_in(self.keep, tiles.batch, tiles.key, tiles.key_end)
+        return count > 0, count == tiles.key_end - tiles.key
+
+    def misfits(self, extent: Extent) -> list[str]:
+        return super().misfits(extent) + row_misfit(self, self.keep, extent, extent.keys, "keys", exact=True)
+
+    def write(self, name: Name) -> str:
+        return f"padding({name(self.keep)})"
+
+
+def padding(real: Tensor) -> Pattern:
+    """Which keys are real: lengths `[batch]`, or a boolean `[batch, keys]` (True = real) for left padding.
+
+    >>> print(padding(torch.tensor([2])).picture(3, 3))
+    1 1 .
+    1 1 .
+    1 1 .
+    """
+    if isinstance(real, Tensor) and real.dtype == torch.bool:
+        if real.dim() != 2:
+            raise InvalidInput(f"padding was given {describe(real)}: wanted a boolean [batch, keys] or lengths [batch]")
+        return PaddingKeep(real)
+    return PaddingLengths(integers(real, "padding's lengths", [1]))
+
+
+def _with_batch(ids: Tensor) -> Tensor:
+    return ids if ids.dim() == 2 else ids[None]
+
+
+def _same_document(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(may, must) from the lowest and highest id among a tile's queries and among its keys."""
+    (low_q, high_q), (low_k, high_k) = query, key
+    may = (low_q <= high_k) & (low_k <= high_q) & (high_q >= 0) & (high_k >= 0)
+    return may, may & (low_q == high_q) & (low_k == high_k) & (low_q >= 0)

@@ -1,0 +1,129 @@
+"""How far a result may be from the truth: the error budget of DESIGN's meanings, in one place.
+
+error ≤ 2 × (error of plain torch in the same dtype) + 2·eps·max(1, |truth|max), gradients 3 ×, against float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foveate.primitives import dropout_mask
+from foveate.problem import Problem, Result, accumulator
+from foveate.score import Score, parse
+from foveate.softmax import reference
+
+Run = Callable[[Problem], Result]
+
+
+def plain_torch(call: Problem) -> Result:
+    """What one writes by hand in the dtype of q: the formula, every step rounded to that dtype."""
+    k, v = (x.repeat_interleave(call.group, 1) for x in (call.k, call.v))
+    at = call.pairs()
+    scores = (call.q @ k.mT) * call.scale
+    if call.score is not None:
+        scores = call.score.apply(scores, at)
+    if call.pattern is not None:
+        scores = scores.masked_fill(~call.pattern.visible(at), -torch.inf)
+    if call.score is not None and call.score.sinks is not None:
+        sinks = call.score.sinks.of(at).to(scores.dtype).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1).log() + top).squeeze(-1)
+    weights = (weights / total.masked_fill(total == 0, 1))[..., : k.shape[2]]
+    if call.dropout:
+        weights = weights * dropout_mask(call.seed, call.dropout, at.batch, at.head, at.query, at.key)
+        weights = weights / (1 - call.dropout)
+    return Result(weights @ v, lse.to(accumulator(lse.dtype)))
+
+
+def cast(call: Problem, dtype: torch.dtype, *, gradients: bool) -> tuple[Problem, list[Tensor]]:
+    """The same problem in another dtype, on leaves of its own: q, k, v, then the score's tensors."""
+    leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in (call.q, call.k, call.v)]
+    score: Score | None = None
+    if call.score is not None:
+        words, tensors = call.score.spec()
+        wide = torch.promote_types(dtype, torch.float32)
+        fresh = [x.detach().to(wide).requires_grad_(gradients) for x in tensors]
+        score = parse(words, fresh)
+        leaves += fresh
+    q, k, v = leaves[:3]
+    return replace(call, q=q, k=k, v=v, score=score), leaves
+
+
+def results(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> list[Tensor | None]:
+    """out, lse (if there is one), and the gradients of a fixed random sum of both."""
+    call, leaves = cast(call, dtype, gradients=gradients)
+    result = run(call)
+    found: list[Tensor | None] = [result.out.detach(), None if result.lse is None else result.lse.detach()]
+    if gradients:
+        # Eighths are exact in every dtype, so all runs differentiate the same function.
+        generator = torch.Generator().manual_seed(7)
+        d_out, d_lse = (
+            (torch.randint(-8, 9, shape, generator=generator) / 8) for shape in (result.out.shape, result.out.shape[:3])
+        )
+        total = (result.out * d_out.to(result.out.dtype)).sum()
+        if call.needs_lse and result.lse is not None:
+            total = total + torch.where(result.lse.isinf(), 0, result.lse * d_lse.to(result.lse.dtype)).sum()
+        found += torch.autograd.grad(total, leaves, allow_unused=True)
+    return found
+
+
+def assert_within_budget(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> None:
+    """Compare `run` with the float64 reference, allowing a multiple of what plain torch loses in `dtype`.
+
+    The largest error of one draw is a noisy measure of what plain torch loses, so where one draw of q, k, v does not
+    settle it, it is the largest over eight.
+    """
+    rounded, _ = cast(call, dtype, gradients=False)  # the truth is about the same rounded inputs
+    truth = results(reference.run, rounded, torch.float64, gradients=gradients)
+    found = results(run, rounded, dtype, gradients=gradients)
+    losses: list[float] = [0.0] * len(truth)
+    for draw in range(8):
+        losses = [max(pair) for pair in zip(losses, _losses(rounded, draw, dtype, gradients), strict=True)]
+        complaints = [
+            _excess(name, true, mine, loss)
+            for name, true, mine, loss in zip(_names(len(truth)), truth, found, losses, strict=True)
+        ]
+        if not any(complaints):
+            return
+    raise AssertionError("; ".join(filter(None, complaints)))
+
+
+def _names(count: int) -> list[str]:
+    return [*("out", "lse", "dq", "dk", "dv"), *(f"d tensor {n}" for n in range(count))][:count]
+
+
+def _losses(call: Problem, draw: int, dtype: torch.dtype, gradients: bool) -> list[float]:
+    """What plain torch loses of each result: for q, k, v as they are, then for ones of the same distribution."""
+    if draw:
+        call = replace(call, q=call.q.roll(draw, 2), k=call.k.roll(-draw, 2), v=call.v.roll(2 * draw, 2))
+    truth = results(reference.run, call, torch.float64, gradients=gradients)
+    plain = results(plain_torch, call, dtype, gradients=gradients)
+    return [
+        0.0 if true is None or mine is None else _furthest(mine, true) for true, mine in zip(truth, plain, strict=True)
+    ]
+
+
+def _excess(name: str, true: Tensor | None, mine: Tensor | None, loss: float) -> str:
+    """What is wrong with one result, or nothing."""
+    if mine is None or true is None:
+        return "" if mine is None else f"{name}: there should be none"
+    if mine.shape != true.shape:
+        return f"{name} has shape {tuple(mine.shape)}, not {tuple(true.shape)}"
+    if not torch.equal(true.isinf(), mine.isinf()):
+        return f"{name}: other places are infinite"
+    eps = max(torch.finfo(mine.dtype).eps, 1e-15)
+    most = float(true.masked_fill(true.isinf(), 0).abs().max()) if true.numel() else 0.0
+    bound = (2 if name in ("out", "lse") else 3) * loss + 2 * eps * max(1.0, most)
+    off = _furthest(mine, true)
+    return "" if off <= bound else f"{name} is off by {off:.3g}, allowed {bound:.3g}"
+
+
+def _furthest(found: Tensor, true: Tensor) -> float:
+    """The largest distance of finite entries; NaN where one is NaN alone."""
+    difference = (found.double() - true).masked_fill(true.isinf() & found.isinf(), 0)
+    return float(difference.abs().max()) if true.numel() else 0.0
