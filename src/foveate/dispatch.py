@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from foveate.errors import Unsupported, unknown_name
+from foveate.errors import unknown_name, unsupported
 from foveate.problem import Problem, Result
 
 # The order of preference. `reference` holds n×n weights and flex compiles at run time: see `_automatic`.
@@ -59,8 +58,22 @@ _NOTES = dict.fromkeys(
 def implementation(name: str) -> Implementation:
     """The module behind a name, loaded on first use."""
     match name:
-        case "sdpa" | "flex" | "chunked" | "reference":
-            return cast(Implementation, importlib.import_module(f"foveate.softmax.{name}"))
+        case "sdpa":
+            from foveate.softmax import sdpa
+
+            return sdpa
+        case "flex":
+            from foveate.softmax import flex
+
+            return flex
+        case "chunked":
+            from foveate.softmax import chunked
+
+            return chunked
+        case "reference":
+            from foveate.softmax import reference
+
+            return reference
         case _:
             raise unknown_name("backend", name, ("auto", *NAMES))
 
@@ -71,7 +84,7 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     if backend != "auto":
         implementation(backend)
         if refusals[backend]:
-            raise Unsupported({backend: refusals[backend]})
+            raise unsupported({backend: refusals[backend]})
         return Choice(backend, refusals)
     for name in NAMES:
         if not refusals[name]:
@@ -79,13 +92,14 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     for name in NAMES:
         if not refusals[name]:
             return Choice(name, refusals)
-    raise Unsupported(refusals)
+    raise unsupported(refusals)
 
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:
     """Tell the observers, then run the first implementation that does not refuse, or the named one."""
-    for observer in _OBSERVERS.get():
-        observer(problem)
+    if not torch.compiler.is_compiling():  # a graph has no one to tell
+        for observer in _OBSERVERS.get():
+            observer(problem)
     if backend == "auto":
         for name in NAMES:
             candidate = implementation(name)
@@ -107,8 +121,3 @@ def observe(observer: Observer) -> Callable[[], None]:
     """Tell `observer` of every problem in this context from now on; the returned function ends it."""
     token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
     return lambda: _OBSERVERS.reset(token)
-
-
-def compiling() -> bool:
-    """Whether a graph is being traced, where observers see nothing."""
-    return torch.compiler.is_compiling()

@@ -13,11 +13,21 @@ class InvalidInput(FoveateError, ValueError):
 
 
 class Unsupported(FoveateError, NotImplementedError):
-    """The call is right, but what was asked to compute it cannot; `reasons` maps each name to all of its reasons."""
+    """The call is right, but what was asked to compute it cannot; made by `unsupported`."""
 
-    def __init__(self, reasons: Mapping[str, list[str]]) -> None:
-        self.reasons = {name: list(why) for name, why in reasons.items()}
-        super().__init__("; ".join(f"{name}: {', '.join(why)}" for name, why in self.reasons.items()))
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """All reasons of each implementation that was asked."""
+        return dict(self.args[1])
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def unsupported(reasons: Mapping[str, list[str]]) -> Unsupported:
+    """An `Unsupported` that lists every reason: ``sdpa: draws its dropout …, takes no softcap``."""
+    text = "; ".join([f"{name}: " + ", ".join(why) for name, why in reasons.items()])
+    return Unsupported(text, reasons)
 
 
 def unknown_name(what: str, given: object, known: Iterable[str]) -> InvalidInput:

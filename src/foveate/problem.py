@@ -125,26 +125,33 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    named = {"q": q, "k": k, "v": v}
-    shapes = ", ".join(f"{name} is {describe(x)}" for name, x in named.items())
-    if any(x.dim() != 4 for x in named.values()):
-        raise InvalidInput(f"{shapes}: wanted [batch, heads, length, dim] for each, or all without the batch")
-    if len({x.dtype for x in named.values()}) > 1:
-        raise InvalidInput(f"{shapes}: wanted one dtype for all three; use .to() or torch.autocast")
+    wanted = _wanted(q, k, v)
+    if wanted:
+        given = ", ".join(f"{name} is {describe(x)} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
+        raise InvalidInput(f"{given}: wanted {wanted}")
+
+
+def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What q, k and v should be and are not; empty when they are."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return "[batch, heads, length, dim] for each, or all three without the batch"
+    if not q.dtype == k.dtype == v.dtype:
+        return "one dtype for all three; use .to() or torch.autocast"
     if q.dtype not in _DTYPES:
-        raise InvalidInput(f"q is {describe(q)}: wanted float64, float32, bfloat16 or float16")
-    if len({x.device for x in named.values()}) > 1:
-        raise InvalidInput(f"q, k, v are on {q.device}, {k.device}, {v.device}: wanted one device for all three")
+        return "float64, float32, bfloat16 or float16"
+    if not q.device == k.device == v.device:
+        return "one device for all three"
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise InvalidInput(f"{shapes}: wanted the same batch size")
+        return "the same batch size"
     if k.shape[1] != v.shape[1]:
-        raise InvalidInput(f"{shapes}: wanted as many heads in k as in v")
+        return "as many heads in k as in v"
     if k.shape[2] != v.shape[2]:
-        raise InvalidInput(f"{shapes}: wanted as many keys in k as in v")
+        return "as many keys in k as in v"
     if q.shape[3] != k.shape[3]:
-        raise InvalidInput(f"{shapes}: wanted the same head size (last dimension) in q and k")
+        return "the same head size (last dimension) in q and k"
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        raise InvalidInput(f"{shapes}: wanted query heads that are a multiple of the key heads")
+        return "query heads that are a multiple of the key heads"
+    return ""
 
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:

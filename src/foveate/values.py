@@ -57,7 +57,7 @@ def describe(thing: object) -> str:
     """A tensor inside a repr, `<int64 2×17>`; anything else by its name or its type."""
     if not isinstance(thing, Tensor):
         return getattr(thing, "__name__", type(thing).__name__)
-    size = "×".join(str(n) for n in thing.shape) or "scalar"
+    size = "×".join(f"{n}" for n in thing.shape) or "scalar"
     return f"<{str(thing.dtype).removeprefix('torch.')} {size}>"
 
 
@@ -95,7 +95,7 @@ def floating(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
     return tensor
 
 
-def device_misfits(what: str, tensors: Sequence[Tensor], extent: Extent) -> list[str]:
+def device_misfits(what: object, tensors: Sequence[Tensor], extent: Extent) -> list[str]:
     """Why tensors that are not where q is do not fit."""
     return [
         f"{what} has a tensor on {tensor.device} but q is on {extent.device}: move it"

@@ -48,7 +48,7 @@ class Pattern:
 
     def misfits(self, extent: Extent) -> list[str]:
         """Every reason for which this pattern's tensors do not fit a call of this extent."""
-        return device_misfits(repr(self), self.tensors(), extent)
+        return device_misfits(self, self.tensors(), extent)
 
     def write(self, name: Name) -> str:
         """The expression that makes this pattern; `name` writes what no literal can: tensors and functions."""

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from foveate.errors import InvalidInput, Unsupported
+from foveate.errors import InvalidInput, unsupported
 from foveate.pattern import catalogue
 from foveate.pattern.summary import Summary, summarise
 from foveate.positions import grid
@@ -316,7 +316,7 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_ls
 
 
 def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *gradients: object) -> None:
-    raise Unsupported({"chunked": ['has no second derivative: use backend="reference", which has']})
+    raise unsupported({"chunked": ['has no second derivative: use backend="reference", which has']})
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)

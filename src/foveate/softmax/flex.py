@@ -28,6 +28,8 @@ _TILE = 128
 def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
     """Every reason for which FlexAttention cannot compute this; uncompiled, it is bound to fewer."""
     q = problem.q
+    if torch.compiler.is_compiling():
+        return ["its block mask depends on data, which a compiled graph does not have"]
     reasons = []
     if q.device.type not in ("cpu", "cuda"):
         reasons.append(f"q is on {q.device.type} (takes cpu and cuda)")
@@ -46,8 +48,6 @@ def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
         reasons.append("it has no dropout")
     if any(size == 0 for size in (*q.shape, problem.k.shape[2], problem.v.shape[3])):
         reasons.append("a dimension is empty")
-    if torch.compiler.is_compiling():
-        reasons.append("its block mask depends on data, which a compiled graph does not have")
     return reasons
 
 
