@@ -63,7 +63,8 @@ def results(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = Tr
         # Eighths are exact in every dtype, so all runs differentiate the same function.
         generator = torch.Generator().manual_seed(7)
         d_out, d_lse = (
-            (torch.randint(-8, 9, shape, generator=generator) / 8) for shape in (result.out.shape, result.out.shape[:3])
+            (torch.randint(-8, 9, shape, generator=generator) / 8).to(result.out.device)
+            for shape in (result.out.shape, result.out.shape[:3])
         )
         total = (result.out * d_out.to(result.out.dtype)).sum()
         if call.needs_lse and result.lse is not None:

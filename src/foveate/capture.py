@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import masked_softmax, raw_scores
-from foveate.problem import Problem, accumulator
+from foveate.problem import Problem, accumulator, without_autocast
 
 _ENTRIES_AT_ONCE = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -84,21 +84,27 @@ def _by_rows(problem: Problem, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | 
     whole = problem.pairs()
     k = problem.k.to(wide)
     for part in rows.split(max(1, _ENTRIES_AT_ONCE // max(1, batch * heads * keys))):
-        scores = raw_scores(problem.q.index_select(2, part).to(wide), k) * problem.scale
-        at = Pairs(whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys)
-        sinks = None
-        if problem.score is not None:
-            scores = problem.score.apply(scores, at)
-            sinks = problem.score.sinks.of(at) if problem.score.sinks else None
-        visible = None if problem.pattern is None else problem.pattern.visible(at).broadcast_to(scores.shape)
-        shares, lse = masked_softmax(scores, visible, sinks)
+        with without_autocast(problem.q.device):
+            scores = raw_scores(problem.q.index_select(2, part).to(wide), k) * problem.scale
+            at = Pairs(whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys)
+            sinks = None
+            if problem.score is not None:
+                scores = problem.score.apply(scores, at)
+                sinks = problem.score.sinks.of(at) if problem.score.sinks else None
+            visible = None if problem.pattern is None else problem.pattern.visible(at).broadcast_to(scores.shape)
+            shares, lse = masked_softmax(scores, visible, sinks)
         yield shares, visible, lse
 
 
 def _places(places: Sequence[int] | Tensor | None, count: int, what: str, device: torch.device) -> Tensor:
     if places is None:
         return torch.arange(count, device=device)
-    place = torch.as_tensor(places, device=device)
+    try:
+        place = torch.as_tensor(places, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{what} is {places!r}: wanted a list of whole numbers") from error
+    if place.numel() == 0:
+        place = place.long()
     if place.dtype.is_floating_point or place.dtype == torch.bool or place.dim() > 1:
         raise InvalidInput(f"{what} is {places!r}: wanted a list of whole numbers")
     place = place.long().reshape(-1)

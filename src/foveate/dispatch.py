@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from foveate.errors import unknown_name, unsupported
-from foveate.problem import Problem, Result
+from foveate.problem import Problem, Result, without_autocast
 
 # The order of preference. `reference` holds n×n weights and flex compiles at run time: see `_automatic`.
 NAMES = ("sdpa", "flex", "chunked", "reference")
@@ -100,12 +100,17 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
     if not torch.compiler.is_compiling():  # a graph has no one to tell
         for observer in _OBSERVERS.get():
             observer(problem)
-    if backend == "auto":
-        for name in NAMES:
-            candidate = implementation(name)
-            if not candidate.refuses(problem) and not _automatic(name, problem):
-                return candidate.run(problem)
-    return implementation(choose(problem, backend).chosen).run(problem)
+    chosen = _first(problem) if backend == "auto" else implementation(choose(problem, backend).chosen)
+    with without_autocast(problem.q.device):
+        return chosen.run(problem)
+
+
+def _first(problem: Problem) -> Implementation:
+    for name in NAMES:
+        candidate = implementation(name)
+        if not candidate.refuses(problem) and not _automatic(name, problem):
+            return candidate
+    return implementation(choose(problem).chosen)  # raises with every reason
 
 
 def _automatic(name: str, problem: Problem) -> list[str]:

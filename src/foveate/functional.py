@@ -157,7 +157,12 @@ def merge(
     if not pairs:
         raise InvalidInput("merge was given no parts: wanted at least one (out, lse) pair")
     first = pairs[0][0]
-    for out, lse in pairs:
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise InvalidInput(
+                f"merge was given a {type(pair).__name__} among its parts: wanted a list of (out, lse) pairs"
+            )
+        out, lse = pair
         if out.shape != first.shape or out.dtype != first.dtype or out.shape[:-1] != lse.shape:
             raise InvalidInput(
                 f"merge was given out {describe(out)} with lse {describe(lse)} beside out {describe(first)}: "
@@ -180,7 +185,7 @@ def _problem(
     needs_lse: bool,
 ) -> tuple[Problem, bool]:
     """The checked problem, and whether the call had a batch dimension."""
-    batched = not (isinstance(q, Tensor) and q.dim() == 3 and isinstance(k, Tensor) and k.dim() == 3 and v.dim() == 3)
+    batched = not all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
     if not batched:
         q, k, v = q[None], k[None], v[None]
     call = problem(

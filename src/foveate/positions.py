@@ -55,10 +55,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Extent:
-    """The sizes of a call that a pattern has to fit; `last` is the highest query position + 1, None if unknown."""
+    """The sizes of a call that a pattern has to fit, None where unknown; `last` is the highest query position + 1."""
 
-    batch: int
-    heads: int
+    batch: int | None
+    heads: int | None
     queries: int
     keys: int
     last: int | None
@@ -66,7 +66,7 @@ class Extent:
 
 
 def starts(query_start: int | Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """`query_start` as a tensor `[batch]`, or `[1]` where all rows share it; None: the last query is at the last key."""
+    """`query_start` as a tensor `[batch]`, or `[1]` where all share it; None: the last query is at the last key."""
     if isinstance(query_start, Tensor):
         return query_start.to(device=device, dtype=torch.int64)
     return torch.full((1,), keys - queries if query_start is None else query_start, device=device)

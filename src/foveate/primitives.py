@@ -33,6 +33,16 @@ def ungroup(x: Tensor, q: Tensor) -> Tensor:
     return x.reshape(q.shape[0], q.shape[1], q.shape[2], x.shape[3])
 
 
+def without_unseen(x: Tensor, seen: Tensor) -> Tensor:
+    """k or v with zeros where no row may see the key, so that what it holds never matters.
+
+    seen is `[batch or 1, query heads or 1, keys or 1]`; a key head is seen if one query head of its group sees it.
+    """
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (x.shape[1], -1)).any(2)
+    return x.masked_fill(~seen[..., None], 0)
+
+
 def weigh(weights: Tensor, v: Tensor) -> Tensor:
     """weights @ v, where a weight of exactly 0 lets nothing through: 0 · inf is 0 here and not NaN.
 

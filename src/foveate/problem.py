@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,14 @@ class Result:
     lse: Tensor | None
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, sums stay in the dtype they were given: autocast has cast q, k, v, and is to cast nothing else."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which scores, sums and log-sum-exps are held: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -104,12 +113,16 @@ def problem(
         reasons = part.misfits(extent) if part is not None else []
         if reasons:
             raise InvalidInput("; ".join(reasons))
-    if not 0 <= dropout < 1:
-        raise InvalidInput(f"dropout is {dropout}: wanted at least 0 and less than 1")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
+    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise InvalidInput(f"seed is {seed!r}: wanted a whole number of 64 bits, or None")
     if dropout and seed is None:
         seed = int(torch.randint(-(2**63), 2**63 - 1, ()).item())
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+    if not isinstance(scale, int | float):
+        raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
     return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed or 0, needs_lse)
 
 

@@ -104,6 +104,10 @@ class Bias:
         """The tensor with all four dimensions."""
         return self.tensor.reshape((1,) * (4 - self.tensor.dim()) + tuple(self.tensor.shape))
 
+    def seen(self) -> Tensor:
+        """Which keys it leaves to some row: `[batch, heads, keys]`, any of them 1."""
+        return (self.full() != -math.inf).any(2)
+
     def apply(self, scores: Tensor, at: Pairs) -> Tensor:
         bias = at.of(self.full()).to(scores.dtype)
         # Not a plain sum: a hidden key stays hidden even if its score is NaN.

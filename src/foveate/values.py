@@ -109,11 +109,11 @@ def mask_misfit(what: str, tensor: Tensor, extent: Extent) -> list[str]:
     want = (extent.batch, extent.heads, extent.queries, extent.keys)
     shape = tuple(tensor.shape)
     # The right-aligned reading puts a leading batch where heads belong: refuse instead of guessing.
-    if len(shape) == 3 and shape[0] != 1 and not (extent.batch == 1 and shape[0] == extent.heads):
+    if len(shape) == 3 and shape[0] != 1 and not (extent.batch in (None, 1) and extent.heads in (None, shape[0])):
         return [
             f"the {what} {describe(tensor)} could mean [batch, queries, keys] or [heads, queries, keys]: "
             f"give 4 dimensions that broadcast to {list(want)}, mask[:, None] for a batch, mask[None] for heads"
         ]
-    if any(have not in (1, size) for have, size in zip(shape[::-1], want[::-1], strict=False)):
+    if any(size is not None and have not in (1, size) for have, size in zip(shape[::-1], want[::-1], strict=False)):
         return [f"the {what} {describe(tensor)} does not broadcast to [batch, heads, queries, keys] = {list(want)}"]
     return []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.positions import Extent, Pairs, Tiles, grid
-from foveate.values import Held, Name, describe, device_misfits, identity, spelled
+from foveate.values import Held, Name, describe, device_misfits, identity, spelled, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +74,9 @@ class Pattern:
     def __hash__(self) -> int:
         return hash(self._identity())
 
+    def __bool__(self) -> bool:
+        raise InvalidInput(f"{self!r} is neither true nor false: combine patterns with & | ~, not with and, or, not")
+
     def __and__(self, other: Pattern) -> Pattern:
         return _join(And, self, other)
 
@@ -107,9 +110,21 @@ class Pattern:
         tile: int = 128,
     ) -> Summary:
         """Which tiles of `tile` × `tile` pairs are empty, full or partial; memory follows what is not empty."""
-        from foveate.pattern.summary import summarise
+        from foveate.pattern.memory import summarise
 
+        self._check(batch, heads, queries, keys, query_start)
         return summarise(self, batch, heads, queries, keys, query_start, tile)
+
+    def _check(
+        self, batch: int | None, heads: int | None, queries: int, keys: int, query_start: int | Tensor | None
+    ) -> None:
+        for size, what in ((queries, "the number of queries"), (keys, "the number of keys")):
+            whole(size, what, 0)
+        start = keys - queries if query_start is None else query_start
+        last = None if isinstance(start, Tensor) else start + queries
+        reasons = self.misfits(Extent(batch, heads, queries, keys, last, device_of(self)))
+        if reasons:
+            raise InvalidInput("; ".join(reasons))
 
     def density(
         self, queries: int, keys: int, *, query_start: int | Tensor | None = None, batch: int = 1, heads: int = 1
@@ -121,6 +136,7 @@ class Pattern:
         self, queries: int, keys: int, *, query_start: int | Tensor | None = None, batch: int = 1, heads: int = 1
     ) -> Tensor:
         """The boolean matrix `[batch, heads, queries, keys]` itself: n×n memory, because it was asked for."""
+        self._check(batch, heads, queries, keys, query_start)
         at = grid(batch, heads, queries, keys, query_start, device_of(self))
         return self.visible(at).broadcast_to(batch, heads, queries, keys)
 
@@ -129,13 +145,16 @@ class Pattern:
     ) -> str:
         """The matrix as text, a row for each query: 1 may attend, · a dot may not.
 
-        >>> from foveate.pattern.catalogue import causal, window
-        >>> print((causal & window(2)).picture(3, 3))
+        >>> import foveate as fv
+        >>> print((fv.causal & fv.window(2)).picture(3, 3))
         1 . .
         1 1 .
         . 1 1
         """
-        seen = self.dense(queries, keys, query_start=query_start, batch=batch + 1, heads=head + 1)[batch, head]
+        box = slice(batch, batch + 1), slice(head, head + 1), slice(0, queries), slice(0, keys)
+        self._check(None, None, queries, keys, query_start)
+        at = grid(batch + 1, head + 1, queries, keys, query_start, device_of(self), box)
+        seen = self.visible(at).broadcast_to(1, 1, queries, keys)[0, 0]
         return "\n".join(" ".join("1" if one else "." for one in row) for row in seen.tolist())
 
     def plot(self, queries: int = 64, keys: int = 64, *, ax: Axes | None = None, **where: Any) -> Axes:

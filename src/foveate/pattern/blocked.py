@@ -95,13 +95,14 @@ class Blocks(Pattern):
 
     def visible(self, at: Pairs) -> Tensor:
         size = self.block
-        return Pairs(at.batch, at.head, at.query // size, at.query, at.key // size).of(self._full())
+        opened = Pairs(at.batch, at.head, at.query // size, at.query, at.key // size).of(self._full())
+        return opened & (at.query >= 0)
 
     def misfits(self, extent: Extent) -> list[str]:
         batch, heads, rows, columns = self._full().shape
         reasons = super().misfits(extent)
         need_rows, need_columns = -(-(extent.last or 0) // self.block), -(-extent.keys // self.block)
-        if batch not in (1, extent.batch) or heads not in (1, extent.heads):
+        if not all(n == 1 or of in (None, n) for n, of in ((batch, extent.batch), (heads, extent.heads))):
             reasons.append(f"{self!r} does not fit batch {extent.batch} and {extent.heads} heads")
         if rows < need_rows or columns < need_columns:
             reasons.append(
@@ -160,7 +161,8 @@ class Blockwise(Pattern):
 def blockwise(pattern: Pattern, block: int) -> Pattern:
     """`pattern` over blocks of `block` positions: `blockwise(window(2), 64)` sees the own block and one on each side.
 
-    >>> print(blockwise(causal, 2).picture(4, 4))
+    >>> import foveate as fv
+    >>> print(fv.blockwise(fv.causal, 2).picture(4, 4))
     1 1 . .
     1 1 . .
     1 1 1 1

@@ -14,36 +14,41 @@ from foveate.pattern.packing import documents, padding
 from foveate.pattern.positional import causal, chunks, global_tokens, prefix, window
 from foveate.values import Held, read, whole
 
+_near = window  # the compositions have an argument called window
 
-def longformer(window_size: int = 512, positions: Iterable[int] | Tensor = (0,), *, step: int = 1) -> Pattern:
-    """Longformer (2004.05150): window_size / 2 positions on each side, `step` apart, and some global tokens.
 
-    >>> longformer(512)
+def longformer(window: int = 512, positions: Iterable[int] | Tensor = (0,), *, step: int = 1) -> Pattern:
+    """Longformer (2004.05150): window / 2 positions on each side, `step` apart, and some global tokens.
+
+    >>> import foveate as fv
+    >>> fv.longformer(512)
     window(257) | global_tokens((0,))
     """
-    return window(whole(window_size, "longformer's window", 0) // 2 + 1, step=step) | global_tokens(positions)
+    return _near(whole(window, "longformer's window", 0) // 2 + 1, step=step) | global_tokens(positions)
 
 
 def bigbird(block: int = 64, *, window_blocks: int = 3, random: int = 3, seed: int = 0) -> Pattern:
     """BigBird (2007.14062): a window of blocks, the first and the last block global, some random blocks.
 
-    >>> bigbird()
+    >>> import foveate as fv
+    >>> fv.bigbird()
     blockwise(window(2) | global_tokens((0, -1)), 64) | random_blocks(3, 64, seed=0)
     """
     reach = whole(window_blocks, "bigbird's window_blocks", 1) // 2 + 1
-    return blockwise(window(reach) | global_tokens((0, -1)), block) | random_blocks(random, block, seed)
+    return blockwise(_near(reach) | global_tokens((0, -1)), block) | random_blocks(random, block, seed)
 
 
-def streaming(first: int = 4, window_size: int = 1024) -> Pattern:
+def streaming(first: int = 4, window: int = 1024) -> Pattern:
     """StreamingLLM's mask (2309.17453): the first tokens, as sinks for the weight, and a causal window.
 
-    >>> print(streaming(1, 2).picture(4, 4))
+    >>> import foveate as fv
+    >>> print(fv.streaming(1, 2).picture(4, 4))
     1 . . .
     1 1 . .
     1 1 1 .
     1 . 1 1
     """
-    return causal & (window(window_size) | prefix(first))
+    return causal & (_near(window) | prefix(first))
 
 
 NAMES: dict[str, Pattern | Callable[..., Pattern]] = {

@@ -13,7 +13,7 @@ def batch_misfit(pattern: Pattern, tensors: list[Tensor], extent: Extent) -> lis
     return [
         f"{pattern!r} has {tensor.shape[0]} entries but the batch is {extent.batch}"
         for tensor in tensors
-        if tensor.shape[0] != extent.batch
+        if extent.batch not in (None, tensor.shape[0])
     ]
 
 
@@ -24,7 +24,7 @@ def row_misfit(
     batch, length = table.shape
     fits = length == need if exact else length >= need
     reasons = []
-    if batch not in (1, extent.batch):
+    if batch != 1 and extent.batch not in (None, batch):
         reasons.append(f"{pattern!r} has {batch} batch rows but the batch is {extent.batch}")
     if not fits:
         reasons.append(f"{pattern!r} covers {length} {what}: wanted {'' if exact else 'at least '}{need}")

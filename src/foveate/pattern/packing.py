@@ -23,14 +23,14 @@ class Documents(Pattern):
 
     def visible(self, at: Pairs) -> Tensor:
         ids = _with_batch(self.ids)
-        query, key = lookup(ids, at.batch, at.query), lookup(ids, at.batch, at.key)
+        query, key = lookup(ids, at.batch, at.query, -1), lookup(ids, at.batch, at.key, -1)
         return (query == key) & (query >= 0)
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         ids = _with_batch(self.ids)
         return _same_document(
-            extremes_in(ids, tiles.batch, tiles.query, tiles.query_end),
-            extremes_in(ids, tiles.batch, tiles.key, tiles.key_end),
+            _ids_in(ids, tiles.batch, tiles.query, tiles.query_end),
+            _ids_in(ids, tiles.batch, tiles.key, tiles.key_end),
         )
 
     def misfits(self, extent: Extent) -> list[str]:
@@ -49,13 +49,13 @@ class DocumentPairs(Pattern):
     key_ids: Tensor
 
     def visible(self, at: Pairs) -> Tensor:
-        query = lookup(_with_batch(self.query_ids), at.batch, at.row)
-        return (query == lookup(_with_batch(self.key_ids), at.batch, at.key)) & (query >= 0)
+        query = lookup(_with_batch(self.query_ids), at.batch, at.row, -1)
+        return (query == lookup(_with_batch(self.key_ids), at.batch, at.key, -1)) & (query >= 0)
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         return _same_document(
-            extremes_in(_with_batch(self.query_ids), tiles.batch, tiles.row, tiles.row_end),
-            extremes_in(_with_batch(self.key_ids), tiles.batch, tiles.key, tiles.key_end),
+            _ids_in(_with_batch(self.query_ids), tiles.batch, tiles.row, tiles.row_end),
+            _ids_in(_with_batch(self.key_ids), tiles.batch, tiles.key, tiles.key_end),
         )
 
     def misfits(self, extent: Extent) -> list[str]:
@@ -106,7 +106,8 @@ def documents(ids: Tensor | None = None, key_ids: Tensor | None = None, *, cu_se
     `documents(query_ids, key_ids)`: apart, by row of q and of k (cross-attention).
     `documents(cu_seqlens=)`: `[documents + 1]` offsets, as flash-attn's varlen calls take them.
 
-    >>> print(documents(torch.tensor([0, 0, 1])).picture(3, 3))
+    >>> import foveate as fv
+    >>> print(fv.documents(torch.tensor([0, 0, 1])).picture(3, 3))
     1 1 .
     1 1 .
     . . 1
@@ -153,7 +154,7 @@ class PaddingKeep(Pattern):
     keep: Tensor
 
     def visible(self, at: Pairs) -> Tensor:
-        return lookup(self.keep, at.batch, at.key)
+        return lookup(self.keep, at.batch, at.key, False)
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         count = count_in(self.keep, tiles.batch, tiles.key, tiles.key_end)
@@ -169,7 +170,8 @@ class PaddingKeep(Pattern):
 def padding(real: Tensor) -> Pattern:
     """Which keys are real: lengths `[batch]`, or a boolean `[batch, keys]` (True = real) for left padding.
 
-    >>> print(padding(torch.tensor([2])).picture(3, 3))
+    >>> import foveate as fv
+    >>> print(fv.padding(torch.tensor([2])).picture(3, 3))
     1 1 .
     1 1 .
     1 1 .
@@ -183,6 +185,14 @@ def padding(real: Tensor) -> Pattern:
 
 def _with_batch(ids: Tensor) -> Tensor:
     return ids if ids.dim() == 2 else ids[None]
+
+
+def _ids_in(ids: Tensor, batch: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest id at the positions [first, end); a position without an id belongs to no document."""
+    low, high = extremes_in(ids, batch, first, end)
+    length = ids.shape[1]
+    low = torch.where((first < 0) | (end > length), torch.clamp(low, max=-1), low)
+    return low, torch.where((end <= 0) | (first >= length), -1, high)
 
 
 def _same_document(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -72,12 +72,15 @@ def window(size: int | None = None, *, left: int | None = None, right: int | Non
     `causal & window(w)` shows w keys, as Mistral (2310.06825) and Hugging Face count; the dilation is
     Longformer's (2004.05150).
 
-    >>> print(window(2).picture(3, 3))
+    >>> import foveate as fv
+    >>> print(fv.window(2).picture(3, 3))
     1 1 .
     1 1 1
     . 1 1
     """
     whole(step, "window(step=)", 1)
+    if size is None and left is None and right is None:
+        raise InvalidInput("window was given no size: give window(w) or window(left=, right=)")
     if size is not None:
         if left is not None or right is not None:
             raise InvalidInput(
@@ -117,7 +120,8 @@ class Prefix(Pattern):
 def prefix(length: int | Tensor) -> Pattern:
     """The first `length` keys, an int or an integer tensor `[batch]`; `causal | prefix(n)` is a prefix LM (1910.10683).
 
-    >>> print((causal | prefix(2)).picture(3, 3))
+    >>> import foveate as fv
+    >>> print((fv.causal | fv.prefix(2)).picture(3, 3))
     1 1 .
     1 1 .
     1 1 1
@@ -149,7 +153,8 @@ class Chunks(Pattern):
 def chunks(size: int) -> Pattern:
     """Only inside the own chunk of `size` positions; `causal & chunks(8192)` is Llama 4's local attention.
 
-    >>> print(chunks(2).picture(4, 4))
+    >>> import foveate as fv
+    >>> print(fv.chunks(2).picture(4, 4))
     1 1 . .
     1 1 . .
     . . 1 1
@@ -166,7 +171,7 @@ class GlobalTokens(Pattern):
 
     def _is_global(self, batch: Tensor, position: Tensor, keys: int | None) -> Tensor:
         if isinstance(self.positions, Tensor):
-            return lookup(self.positions, batch, position)
+            return lookup(self.positions, batch, position, False)
         result = torch.zeros_like(position, dtype=torch.bool)
         for place in self.positions:
             result = result | (position == _from_the_end(self, place, keys))
@@ -201,7 +206,8 @@ def global_tokens(positions: Iterable[int] | Tensor) -> Pattern:
 
     Ints (a negative one counts from the last key), or a boolean tensor `[batch, length]` by absolute position.
 
-    >>> print((window(1) | global_tokens([0])).picture(3, 3))
+    >>> import foveate as fv
+    >>> print((fv.window(1) | fv.global_tokens([0])).picture(3, 3))
     1 1 1
     1 1 .
     1 . 1
@@ -212,9 +218,9 @@ def global_tokens(positions: Iterable[int] | Tensor) -> Pattern:
                 raise InvalidInput(f"global_tokens was given {describe(positions)}: wanted a boolean [batch, length]")
             return GlobalTokens(positions)
         positions = integers(positions, "the positions of global_tokens", [1]).tolist()
-    places = tuple(positions)
-    if not all(isinstance(place, int) for place in places):
-        raise InvalidInput(f"global_tokens was given {places}: wanted whole numbers")
+    places = tuple(positions) if isinstance(positions, Iterable) else (None,)
+    if not all(isinstance(place, int) and not isinstance(place, bool) for place in places):
+        raise InvalidInput(f"global_tokens was given {positions!r}: wanted a list of whole numbers")
     return GlobalTokens(places)
 
 

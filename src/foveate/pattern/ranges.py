@@ -51,7 +51,11 @@ def hashed(seed: int, first: Tensor, second: Tensor, third: int) -> Tensor:
     return value
 
 
-def lookup(table: Tensor, batch: Tensor, position: Tensor) -> Tensor:
-    """table[batch, position]; a position outside the table is clamped: its pair lies outside the call as well."""
+def lookup(table: Tensor, batch: Tensor, position: Tensor, outside: int | bool) -> Tensor:
+    """table[batch, position], or `outside` for a position that the table does not have."""
     row = batch if table.shape[0] > 1 else torch.zeros_like(batch)
-    return table[row, position.clamp(0, max(table.shape[1] - 1, 0))]
+    length = table.shape[1]
+    if length == 0:
+        return torch.full_like(row + position, outside, dtype=table.dtype)
+    found = table[row, position.clamp(0, length - 1)]
+    return torch.where((position >= 0) & (position < length), found, outside)

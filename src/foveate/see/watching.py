@@ -17,7 +17,7 @@ from foveate.errors import FoveateError, InvalidInput
 from foveate.problem import Problem
 
 
-@dataclass
+@dataclass(repr=False)
 class Seen:
     """The attention calls that were watched, in the order in which they ran; weights are worked out when asked for."""
 
@@ -29,6 +29,9 @@ class Seen:
         kept = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
         self.calls.append(kept)
         self._versions.append(_versions(kept))
+
+    def __repr__(self) -> str:
+        return f"<Seen: {len(self)} attention calls>"
 
     def __len__(self) -> int:
         return len(self.calls)

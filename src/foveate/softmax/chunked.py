@@ -20,10 +20,11 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput, unsupported
 from foveate.pattern import catalogue
-from foveate.pattern.summary import Summary, summarise
+from foveate.pattern.memory import summarise
+from foveate.pattern.summary import Summary
 from foveate.positions import grid
 from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
-from foveate.problem import Problem, Result, accumulator
+from foveate.problem import Problem, Result, accumulator, without_autocast
 from foveate.score import Score
 from foveate.score import parse as parse_score
 
@@ -83,7 +84,7 @@ class _Call:
 
     @property
     def group(self) -> int:
-        return self.q.shape[1] // max(self.k.shape[1], 1)
+        return max(1, self.q.shape[1] // max(self.k.shape[1], 1))
 
     def rows(self) -> Iterator[tuple[Box, list[tuple[slice, list[tuple[slice, Tensor]]]]]]:
         """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
@@ -280,7 +281,8 @@ def _backward_op(
                 for place, term in enumerate(call.score.biases):
                     term.collect(d_scores.to(fine), at, biases[str(place)])
                 if call.score.softcap is not None:
-                    d_scores = d_scores * (1 - (capped / call.score.softcap.cap) ** 2)
+                    slope = 1 - (capped / call.score.softcap.cap) ** 2
+                    d_scores = (d_scores * slope).masked_fill_(weights == 0, 0)  # a hidden slope may be NaN
             d_scores = group(d_scores.mul_(scale), k_rows)
             dq[b, h, rows] += ungroup(d_scores @ k_rows, q_rows)
             dk[b, heads, keys] += d_scores.mT @ group(q_rows, k_rows)
@@ -308,10 +310,11 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_ls
     held, tensors = ctx.counts  # type: ignore[attr-defined]
     out, lse, q, k, v, *more = ctx.saved_tensors  # type: ignore[attr-defined]
     starts = more[held + tensors] if len(more) > held + tensors else None
-    dq, dk, dv, *d_tensors = _backward_op(
-        d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], starts,
-        *ctx.rest,  # type: ignore[attr-defined]
-    )  # fmt: skip
+    with without_autocast(q.device):
+        dq, dk, dv, *d_tensors = _backward_op(
+            d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], starts,
+            *ctx.rest,  # type: ignore[attr-defined]
+        )  # fmt: skip
     return dq, dk, dv, [None] * held, d_tensors, *[None] * (1 + len(ctx.rest))  # type: ignore[attr-defined]
 
 

@@ -12,15 +12,18 @@ import functools
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.pattern.summary import Summary, summarise
+from foveate.pattern.memory import summarise
+from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, starts
+from foveate.primitives import without_unseen
 from foveate.problem import Problem, Result, accumulator
+from foveate.score import Bias
 
 _TILE = 128
 
@@ -37,7 +40,7 @@ def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
         reasons.append("q is on cpu and a gradient is needed")
     if compiled and q.device.type == "cpu":
         if _needs_lse(problem):
-            reasons.append("q is on cpu and the log-sum-exp is needed")
+            reasons.append("q is on cpu and the log-sum-exp is needed, by the caller or for sinks")
         if not (shutil.which("g++") or shutil.which("clang++")):
             reasons.append("it compiles C++ at run time and there is no g++ or clang++")
     if compiled and q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -55,12 +58,8 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
     """Compute it; uncompiled (n×n memory, any torch) for tests of the meaning."""
     summary = _summary(problem)
     q, k, v = problem.q, problem.k, problem.v
-    seen = None if summary is None else summary.keys_seen()
-    if seen is not None and not bool(seen.all()):
-        # What nobody sees never matters, NaN or not; a key head is seen if one of its group sees it.
-        if seen.shape[1] > 1:
-            seen = seen.unflatten(1, (-1, problem.group)).any(2)
-        k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))
+    for seen in _seen(problem, summary):
+        k, v = without_unseen(k, seen), without_unseen(v, seen)
     attend = _compiled() if compiled else _module().flex_attention
     needs_lse = _needs_lse(problem)
     answer = attend(
@@ -83,6 +82,14 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
         share = torch.where(with_sink == -math.inf, 0, (lse - with_sink.masked_fill(with_sink == -math.inf, 0)).exp())
         out, lse = (out * share[..., None]).to(out.dtype), with_sink
     return Result(out, lse)
+
+
+def _seen(problem: Problem, summary: Summary | None) -> Iterator[Tensor]:
+    """Which keys the pattern and each bias leave to some row, where that is not all of them."""
+    found = [] if summary is None else [summary.keys_seen()]
+    if problem.score is not None:
+        found += [term.seen() for term in problem.score.biases if isinstance(term, Bias)]
+    yield from (seen for seen in found if not bool(seen.all()))
 
 
 def _needs_lse(problem: Problem) -> bool:

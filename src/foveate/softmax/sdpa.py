@@ -8,14 +8,14 @@ Keys hidden from one row but visible to another do matter here if they hold NaN 
 """
 
 import torch
-from torch import Tensor
 
-from foveate.pattern.algebra import Pattern
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
+from foveate.primitives import without_unseen
 from foveate.problem import Problem, Result
 from foveate.score import Bias
+from foveate.values import describe
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -36,7 +36,7 @@ def refuses(problem: Problem) -> list[str]:
             reasons.append("float64 has no fused kernel on cuda")
         if q.shape[3] > 256 or q.shape[3] % 8:
             reasons.append(f"head size {q.shape[3]} has no fused kernel on cuda (multiples of 8 up to 256 have)")
-        if problem.group > 1 and (problem.pattern or problem.score or q.dtype == torch.float32):
+        if problem.group > 1 and (problem.pattern is not None or problem.score is not None or q.dtype == torch.float32):
             reasons.append("grouped heads with a mask or in float32 have no fused kernel on cuda")
     if any(x.numel() and x.stride(3) != 1 for x in (q, problem.k, v)):
         reasons.append("the last stride of q, k or v is not 1")
@@ -64,17 +64,18 @@ def run(problem: Problem) -> Result:
     if isinstance(pattern, Causal) and not _sees_all(problem):
         causal = True
         k, v = k[:, :, : problem.q.shape[2]], v[:, :, : problem.q.shape[2]]  # no row sees what comes after
+    elif isinstance(pattern, FromMask):
+        mask, seen = pattern.full(), pattern.full().any(2)
+        k, v = without_unseen(k, seen), without_unseen(v, seen)
     elif pattern is not None and not isinstance(pattern, Causal):
-        mask, seen = _mask(pattern, problem)
-        k, v = (x.masked_fill(~seen, 0) for x in (k, v))  # what nobody sees never matters, NaN or not
+        mask = pattern.visible(problem.pairs())
+        k, v = without_unseen(k, mask[:, :, 0]), without_unseen(v, mask[:, :, 0])
     if problem.score is not None:
         (term,) = problem.score.biases
         assert isinstance(term, Bias)
-        mask = term.full().to(problem.q.dtype)
-        hidden = (mask == float("-inf")).all(2, keepdim=True)
-        if hidden.shape[1] > 1:
-            hidden = hidden.all(1, keepdim=True)
-        k, v = (x.masked_fill(hidden.mT, 0) for x in (k, v))
+        # A float32 bias stays float32 beside a narrower q: the kernel adds it to scores that are float32.
+        mask, seen = term.full().to(torch.promote_types(term.tensor.dtype, problem.q.dtype)), term.seen()
+        k, v = without_unseen(k, seen), without_unseen(v, seen)
     out = torch.nn.functional.scaled_dot_product_attention(
         problem.q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=problem.group > 1
     )
@@ -88,27 +89,18 @@ def _sees_all(problem: Problem) -> bool:
 
 
 def _score_reasons(problem: Problem) -> list[str]:
-    score = problem.score
+    score, q = problem.score, problem.q
     if score is None:
         return []
-    reasons = [f"takes no {type(term).__name__.lower()}" for term in score.terms if not isinstance(term, Bias)]
+    reasons = [
+        f"takes no {term.write(describe).partition('(')[0]}" for term in score.terms if not isinstance(term, Bias)
+    ]
     biases = [term for term in score.biases if isinstance(term, Bias)]
     if len(biases) > 1:
         reasons.append("takes one bias")
+    taken = (q.dtype,) if q.device.type == "cuda" else (q.dtype, torch.float32)
+    if any(torch.promote_types(term.tensor.dtype, q.dtype) not in taken for term in biases):
+        reasons.append(f"the bias is {biases[0].tensor.dtype} but q is {q.dtype}: it would be rounded")
     if torch.is_grad_enabled() and any(term.tensor.requires_grad for term in biases):
         reasons.append("the bias needs a gradient")
     return reasons
-
-
-def _mask(pattern: Pattern, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The boolean mask as the kernel takes it, and which keys any row may see, `[batch, 1 or key heads, keys, 1]`."""
-    if isinstance(pattern, FromMask):
-        mask = pattern.full()
-        seen = mask.any(2, keepdim=True)
-        if seen.shape[1] > 1:
-            seen = seen.unflatten(1, (-1, problem.group)).any(2)
-        if seen.shape[3] == 1:
-            seen = seen.expand(-1, -1, -1, problem.k.shape[2])
-        return mask, seen.mT
-    keep = pattern.visible(problem.pairs())
-    return keep, keep.mT

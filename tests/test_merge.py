@@ -1,0 +1,109 @@
+"""Attention over parts of the keys, merged, is attention over all of them."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from calls import BATCH, HEADS, VALUE_DIM, gradients, near, random, tensors
+from drawing import Call, trees
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import foveate as fv
+
+MODEST = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+TERMS = ("none", "bias", "softcap", "sinks", "together")
+lengths, seeds = st.integers(1, 23), st.integers(0, 999)
+both = pytest.mark.parametrize("backend", ["reference", "chunked"])
+
+
+@st.composite
+def masks(draw, queries, keys):
+    pattern = draw(trees(Call(BATCH, HEADS, queries, keys, None)))
+    return pattern.dense(queries, keys, batch=BATCH, heads=HEADS)
+
+
+@both
+@MODEST
+@given(st.data(), lengths, st.integers(3, 23), seeds, st.sampled_from(TERMS))
+def test_split_equals_whole(backend, data, queries, keys, seed, term):
+    """Attention over parts of the keys, merged, is attention over all of them: out, log-sum-exp and gradients."""
+    inputs, mask = (
+        tensors(queries, keys, seed, gradients=True),
+        data.draw(masks(queries, keys)),
+    )
+    q, k, v = inputs
+    table, caps = random(BATCH, HEADS, queries, keys), fv.softcap(2.0)
+    sinks = fv.sinks(random(HEADS)) if term in ("sinks", "together") else None
+
+    def score(part, first):
+        terms = [fv.bias(table[..., part])] if term in ("bias", "together") else []
+        terms += [caps] if term in ("softcap", "together") else []
+        terms += [sinks] if sinks and first else []
+        return None if not terms else sum(terms[1:], terms[0])
+
+    def over(part):
+        return fv.attention_with_lse(
+            q, k[:, :, part], v[:, :, part], mask[..., part], score=score(part, part.start == 0), backend=backend
+        )
+
+    cuts = sorted(data.draw(st.lists(st.integers(0, keys), min_size=2, max_size=3)))
+    ends = [0, *(cut for cut in cuts), keys]
+    parts = [slice(a, b) for a, b in pairwise(ends)]
+    if sinks and parts[0].stop == 0:  # two parts start at 0: only one may have the sinks
+        parts = [part for part in parts if part.stop > part.start]
+    whole, merged = over(slice(0, keys)), fv.merge([over(part) for part in parts])
+    for found, true in zip((*merged, *gradients(merged, inputs)), (*whole, *gradients(whole, inputs)), strict=True):
+        near(found, true)
+
+
+@MODEST
+@given(seeds, st.permutations(range(4)))
+def test_merge_is_associative_and_has_no_order(seed, order):
+    parts = [
+        (random(BATCH, HEADS, 5, VALUE_DIM, seed=seed + n), random(BATCH, HEADS, 5, seed=seed - n)) for n in range(4)
+    ]
+    parts[1][1][:, :, 2:] = -math.inf
+    parts[2][1][:, :, 3:] = -math.inf
+    parts[0][1][:, :, 4:] = -math.inf
+    parts[3][1][:, :, 4:] = -math.inf
+    whole = fv.merge(parts)
+    for other in (
+        fv.merge([parts[n] for n in order]),
+        fv.merge([fv.merge(parts[:2]), fv.merge(parts[2:])]),
+        fv.merge([parts[0], fv.merge(parts[1:])]),
+    ):
+        near(other[0], whole[0])
+        near(other[1], whole[1])
+    assert (whole[1][:, :, 4:] == -math.inf).all()
+    assert (whole[0][:, :, 4:] == 0).all()
+
+
+def test_a_part_without_keys_has_no_say_whatever_it_holds():
+    out, lse = random(BATCH, HEADS, 5, VALUE_DIM).requires_grad_(), random(BATCH, HEADS, 5).requires_grad_()
+    nothing = torch.full_like(out, math.nan), torch.full_like(lse, -math.inf).requires_grad_()
+    for parts in ([(out, lse), nothing], [nothing, (out, lse)], [(out, lse)]):
+        merged = fv.merge(parts)
+        assert torch.equal(merged[0], out)
+        assert torch.equal(merged[1], lse)
+        d_out, d_lse = torch.autograd.grad(merged[0].sum() + 2 * merged[1].sum(), (out, lse))
+        near(d_out, torch.ones_like(out))
+        near(d_lse, torch.full_like(lse, 2))
+
+
+def test_two_parts_without_keys_merge_to_none():
+    """vllm#39148: exp(−inf − −inf) is NaN."""
+    parts = [
+        (torch.zeros(BATCH, HEADS, 3, VALUE_DIM).requires_grad_(), torch.full((BATCH, HEADS, 3), -math.inf))
+        for _ in range(2)
+    ]
+    for _, lse in parts:
+        lse.requires_grad_()
+    out, lse = fv.merge(parts)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    found = torch.autograd.grad(
+        out.sum() + lse.masked_fill(lse == -math.inf, 0).sum(), [x for pair in parts for x in pair]
+    )
+    assert all((x == 0).all() for x in found)
