@@ -67,7 +67,9 @@ def main() -> None:
             })  # fmt: skip
     about = {
         "what": f"float32, forward, 1 × {HEADS} × length × {DIM}, causal & window({WINDOW}); the worst of {RUNS} runs",
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "machine": platform.machine(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "foveate": fv.__version__,
     }

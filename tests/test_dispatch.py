@@ -116,7 +116,8 @@ def test_import_alone_is_light() -> None:
 
 def test_computing_loads_nothing_optional() -> None:
     code = (
-        "import foveate as fv, torch, sys; q = torch.randn(1, 1, 3, 4); fv.attention(q, q, q, fv.causal & fv.window(2));"
+        "import foveate as fv, torch, sys; q = torch.randn(1, 1, 3, 4);"
+        "fv.attention(q, q, q, fv.causal & fv.window(2));"
         "heavy = ('transformers', 'triton', 'typer', 'rich', 'matplotlib');"
         "print([m for m in heavy if m in sys.modules])"
     )

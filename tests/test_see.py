@@ -111,10 +111,16 @@ def test_watching_leaves_the_model_as_it_was() -> None:
     model.set_attn_implementation("sdpa")
     ids = torch.arange(5)[None]
     truth = model.eval()(ids).last_hidden_state
-    with pytest.raises(ZeroDivisionError), fv.watch(model) as seen:
-        torch.testing.assert_close(model(ids).last_hidden_state, truth)
-        raise ZeroDivisionError
-    assert len(seen) == 12
+
+    def watch_and_fail() -> None:
+        with fv.watch(model) as seen:
+            torch.testing.assert_close(model(ids).last_hidden_state, truth)
+        assert len(seen) == 12
+        with fv.watch(model):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        watch_and_fail()
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(ids).last_hidden_state, truth)
 
