@@ -64,6 +64,12 @@ def test_see_without_a_word_shows_every_layer(
     assert "the mean weight that each token receives" in out
 
 
+def test_markup_in_a_text_is_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "see", "it said [/bold] and [red]it[/red]", "--from", "[red]it[/red]")
+    assert code == 0
+    assert "where “[red]it[/red]” looks" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -19,12 +20,12 @@ def show(
     report = sentence.report
     check_place(report, layer, head)
     rows = sentence.places(word) if word is not None else list(range(len(report.tokens)))
-    console.print(f"[bold]{report.model}[/] · {_size(report)} · layers and heads counted from 0\n")
+    console.print(f"[bold]{escape(report.model)}[/] · {_size(report)} · layers and heads counted from 0\n")
     console.print(_heat(report, _colours(report, layer, head, rows, word)))
-    console.print(_caption(report, layer, head, word, rows), style="dim")
+    console.print(_caption(report, layer, head, word, rows), style="dim", markup=False)
     console.print()
     console.print(_table(report, layer, head, rows, word))
-    console.print(report.note, style="dim")
+    console.print(report.note, style="dim", markup=False)
 
 
 def check_place(report: Report, layer: int | None, head: int | None) -> None:
@@ -89,7 +90,7 @@ def _place(layer: int | None, head: int | None) -> str:
 
 def _table(report: Report, layer: int | None, head: int | None, rows: list[int], word: str | None) -> Table:
     """One row a head, the strongest first: which tokens it looks at, with what weight, and what is not shown."""
-    title = f"where “{word}” looks" if word is not None else "the strongest single looks"
+    title = f"where “{escape(word)}” looks" if word is not None else "the strongest single looks"
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in ("layer", "head"):
         table.add_column(name, justify="right")
@@ -111,11 +112,11 @@ def _table(report: Report, layer: int | None, head: int | None, rows: list[int],
     for share, (each, other, of) in shares[:12]:
         top = share.topk(min(3, len(report.tokens)))
         cells = [
-            f"{report.tokens[place].strip()} [bold]{weight:.2f}[/]"
+            f"{escape(report.tokens[place].strip())} [bold]{weight:.2f}[/]"
             for place, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
         cells += [""] * (3 - len(cells))
-        origin = [report.tokens[of[0]].strip()] if word is None else []
+        origin = [escape(report.tokens[of[0]].strip())] if word is None else []
         table.add_row(str(each), str(other), *origin, *cells, f"{max(0.0, 1 - float(top.values.sum())):.0%}")
     return table
 

@@ -61,6 +61,7 @@ function lookedAtBy(layer, head, key) {
 /** Percent with the digits that the file holds: tenths (finer for tiny shares), or whole ones for one-byte weights. */
 function percent(w, fine = about.weightBytes > 1) {
   if (w > 0.9995) return "100%";
+  if (w < 2e-6) return "0%"; // what float32 cannot tell from nothing
   if (!fine) return w > 0 && w < 0.01 ? "<1%" : `${(100 * w).toFixed()}%`;
   if (w > 0 && w < 1e-5) return "<0.001%";
   return `${w > 0 && w < 0.001 ? (100 * w).toPrecision(1) : (100 * w).toFixed(1)}%`;
