@@ -47,11 +47,13 @@ clean: ## remove what the targets wrote, but keep the virtual environment
 	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps say which extra was installed last, with the versions of constraints.txt. dev contains demo.
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(call install,demo)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	$(call install,dev)
 	@touch $(VENV)/.demo $@
 

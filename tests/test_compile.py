@@ -55,6 +55,18 @@ def test_sdpa_is_chosen_inside_a_graph_too() -> None:
     torch.testing.assert_close(compiled(q), fv.attention(q, q, q, fv.causal))
 
 
+def test_the_compiled_kernels_are_chosen_inside_a_graph_too() -> None:
+    def call(q: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return fv.attention_with_lse(q, q, q, fv.documents(ids) & fv.causal, score=fv.sinks(torch.zeros(2)))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (9, 70):
+            q, ids = torch.randn(1, 2, length, 4), torch.arange(length) // 5
+            for found, true in zip(compiled(q, ids), call(q, ids), strict=True):
+                assert torch.equal(found, true)
+
+
 def test_a_rule_inside_a_graph_is_a_clear_error() -> None:
     rule = fv.rule(lambda batch, head, query, key: query >= key)
     compiled = torch.compile(lambda q: fv.attention(q, q, q, rule, backend="chunked"), fullgraph=True, backend="eager")

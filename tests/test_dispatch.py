@@ -30,12 +30,27 @@ def test_auto_takes_the_fused_kernel_where_it_means_the_same() -> None:
     assert fv.explain(*_qkv(), fv.padding(torch.tensor([3, 7]))).chosen == "sdpa"
 
 
-def test_auto_goes_chunked_where_it_does_not() -> None:
-    assert fv.explain(*_qkv(), fv.causal).chosen == "chunked"
-    assert fv.explain(*_qkv(), fv.window(3)).chosen == "chunked"
+def test_auto_takes_the_compiled_kernels_where_it_does_not() -> None:
+    assert fv.explain(*_qkv(), fv.causal).chosen == "native"
+    assert fv.explain(*_qkv(), fv.window(3)).chosen == "native"
+    assert fv.explain(*_qkv(), score=fv.sinks(torch.zeros(4))).chosen == "native"
+    assert fv.explain(*_qkv(), with_lse=True).chosen == "native"
+
+
+def test_auto_goes_chunked_where_nothing_else_can() -> None:
     assert fv.explain(*_qkv(), score=fv.softcap(3)).chosen == "chunked"
-    assert fv.explain(*_qkv(), with_lse=True).chosen == "chunked"
     assert fv.explain(*_qkv(), dropout=0.1).chosen == "chunked"
+    assert fv.explain(*_qkv(requires_grad=True), fv.window(3)).chosen == "chunked"
+    assert fv.explain(*_qkv(dtype=torch.float64), fv.window(3)).chosen == "chunked"
+
+
+def test_without_compiled_kernels_everything_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveate.softmax import native
+
+    monkeypatch.setattr(native, "_native", None)
+    choice = fv.explain(*_qkv(), fv.window(3))
+    assert choice.chosen == "chunked"
+    assert "compiled kernels are missing" in choice.refusals["native"][0]
 
 
 def test_auto_never_takes_what_compiles_or_holds_a_matrix_on_a_cpu() -> None:
@@ -79,7 +94,7 @@ def test_a_named_backend_says_every_reason() -> None:
 def test_explain_prints_one_row_an_implementation() -> None:
     text = str(fv.explain(*_qkv(), fv.window(3)))
     assert [line.split()[0].strip("→") or line.split()[1] for line in text.splitlines()] == list(NAMES)
-    assert "→ chunked" in text
+    assert "→ native" in text
 
 
 def test_observers_are_told_in_their_own_context_alone() -> None:

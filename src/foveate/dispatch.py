@@ -13,7 +13,7 @@ from foveate.errors import unknown_name, unsupported
 from foveate.problem import Problem, Result, without_autocast
 
 # The order of preference. `reference` holds n×n weights and flex compiles at run time: see `_automatic`.
-NAMES = ("sdpa", "flex", "chunked", "reference")
+NAMES = ("sdpa", "native", "flex", "chunked", "reference")
 
 Observer = Callable[[Problem], None]
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("foveate_observers", default=())
@@ -62,6 +62,10 @@ def implementation(name: str) -> Implementation:
             from foveate.softmax import sdpa
 
             return sdpa
+        case "native":
+            from foveate.softmax import native
+
+            return native
         case "flex":
             from foveate.softmax import flex
 

@@ -44,9 +44,19 @@ def facts() -> list[Fact]:
     else:
         built = torch.version.cuda or torch.version.hip
         found.append(Fact("gpu", "none", "" if built else "this torch was built for CPUs alone"))
+    found.append(_kernels())
     hint = "" if compiler else 'needed by backend="flex" on a CPU alone'
     found.append(Fact("c++ compiler", compiler or "none", hint))
     return found
+
+
+def _kernels() -> Fact:
+    try:
+        from foveate import _native
+    except ImportError:
+        return Fact("cpu kernels", "none", "not compiled: install g++ or clang++, then foveate again")
+    best, *others = _native.kernels()
+    return Fact("cpu kernels", f"{best} (chosen)" + "".join(f", {name}" for name in others))
 
 
 def packages() -> list[Fact]:

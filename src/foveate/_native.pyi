@@ -1,0 +1,22 @@
+"""The compiled kernels for CPUs; absent where no compiler was there to build them."""
+
+tile: int
+
+def kernels() -> list[str]:
+    """The kernels that run on this machine, the best first."""
+
+def forward(
+    dtype: int,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    sizes: tuple[int, int, int, int, int, int, int],
+    scale: float,
+    sinks: int,
+    tiles: tuple[int, int, int, int, int, int],
+    kernel: str,
+    threads: int,
+) -> None:
+    """Attention of a call that was checked: addresses and strides in elements; nothing is checked here."""

@@ -1,0 +1,104 @@
+"""Foveate's own CPU kernels: exact forward attention whose cost follows the tiles that are not empty.
+
+No compiler is needed at run time. Keys hidden from a row never matter, and q, k, v are read where they are: grouped
+heads without a repeated k or v, any strides with a unit last one. `native/` holds the C++.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.pattern import catalogue
+from foveate.pattern.memory import summarise
+from foveate.problem import Problem, Result
+from foveate.values import describe
+
+try:
+    from foveate import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+_TILE = 64
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refuses(problem: Problem) -> list[str]:
+    """Every reason for which the kernels cannot compute this."""
+    q = problem.q
+    reasons = []
+    if _native is None:
+        reasons.append("the compiled kernels are missing: install a C++ compiler and foveate again")
+    if q.device.type not in ("cpu", "meta"):
+        reasons.append(f"q is on {q.device.type} (takes cpu)")
+    if q.dtype not in _DTYPES:
+        reasons.append(f"dtype is {str(q.dtype).removeprefix('torch.')} (takes float32, bfloat16, float16)")
+    if problem.needs_gradient:
+        reasons.append("a gradient is needed, and it has no backward pass yet")
+    if problem.dropout:
+        reasons.append("takes no dropout yet")
+    if problem.score is not None:
+        terms = (problem.score.softcap, *problem.score.biases)
+        reasons += [f"takes no {term.write(describe).partition('(')[0]} yet" for term in terms if term is not None]
+    if problem.pattern is not None and any(not isinstance(x, Tensor) for x in problem.pattern.spec()[1]):
+        reasons.append("the pattern holds a rule, whose function cannot cross")
+    return reasons
+
+
+def run(problem: Problem) -> Result:
+    """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
+    return Result(*_run(problem, kernel="", threads=0))
+
+
+def _run(problem: Problem, kernel: str, threads: int) -> tuple[Tensor, Tensor]:
+    """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
+    pattern, held = problem.pattern.spec() if problem.pattern is not None else ("", [])
+    varies = isinstance(problem.query_start, Tensor)
+    sinks = problem.score.sinks.logits if problem.score is not None and problem.score.sinks is not None else None
+    out: tuple[Tensor, Tensor] = _forward_op(
+        problem.q, problem.k, problem.v, [x for x in held if isinstance(x, Tensor)], sinks,
+        problem.query_start if varies else None, 0 if varies else problem.query_start,
+        pattern, problem.scale, kernel, threads,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("foveate::native_forward", mutates_args=(), device_types="cpu")
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], sinks: Tensor | None, starts: Tensor | None, start: int,
+    pattern: str, scale: float, kernel: str, threads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, heads, queries, dim = q.shape
+    keys, value_dim = k.shape[2], v.shape[3]
+    out = torch.empty(batch, heads, queries, value_dim, dtype=q.dtype)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
+    if not out.numel() and not lse.numel():
+        return out, lse
+    # Whatever is made here has to live until the call returns: the kernel gets addresses.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    logits = None if sinks is None else sinks.detach().float().contiguous()
+    tiles, alive = (0, 0, 0, 0, 1, 1), []
+    if pattern:
+        position = start if starts is None else starts
+        summary = summarise(catalogue.parse(pattern, held), batch, heads, queries, keys, position, _TILE)
+        parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
+        alive = [part.contiguous() for part in parts]
+        tiles = (*(x.data_ptr() for x in alive), summary.batch, summary.heads)  # type: ignore[assignment]
+    _native.forward(
+        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(),
+        (batch, heads, k.shape[1], queries, keys, dim, value_dim), scale,
+        0 if logits is None else logits.data_ptr(), tiles, kernel, threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], sinks: Tensor | None, starts: Tensor | None, start: int,
+    pattern: str, scale: float, kernel: str, threads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
