@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check bench docs clean
+.PHONY: help demo test test-all check asan bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,10 @@ check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mkdocs build --strict --quiet
+
+asan: ## run the kernels' sweep under AddressSanitizer and UBSan (needs cmake and a compiler)
+	@cmake -S . -B build/asan -DFOVEATE_SWEEP=ON >/dev/null && cmake --build build/asan --parallel 2 >/dev/null
+	@build/asan/sweep
 
 bench: $(VENV)/.dev ## measure what a window costs beside PyTorch, into benchmarks/results/
 	@$(BIN)/python benchmarks/window.py
