@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import jaxtyping
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import foveate as fv
@@ -65,6 +66,17 @@ def test_the_compiled_kernels_are_chosen_inside_a_graph_too() -> None:
             q, ids = torch.randn(1, 2, length, 4), torch.arange(length) // 5
             for found, true in zip(compiled(q, ids), call(q, ids), strict=True):
                 assert torch.equal(found, true)
+
+
+@pytest.mark.parametrize("pattern", [None, fv.causal, fv.causal & fv.window(3)], ids=repr)
+def test_new_lengths_need_no_new_graph(pattern: fv.Pattern | None) -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda q: fv.attention(q, q, q, pattern), fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for length in range(20, 35):
+            q = torch.randn(1, 2, length, 4)
+            torch.testing.assert_close(compiled(q), fv.attention(q, q, q, pattern))
+    assert counter.frame_count <= 2  # one for the first length, one for all
 
 
 def test_a_rule_inside_a_graph_is_a_clear_error() -> None:

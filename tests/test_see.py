@@ -106,6 +106,24 @@ def test_bad_models_and_texts_are_one_sentence(tmp_path: Path) -> None:
         see_text("  ")
 
 
+def test_a_byte_level_token_is_shown_as_its_text() -> None:
+    from foveate.see.text import _readable
+
+    tokens, text = ["caf", "Ã", "©", "Ġis", "<s>"], "café is"
+    spans = [[0, 3], [3, 4], [3, 4], [4, 7], [0, 0]]
+    assert _readable(tokens, spans, text) == ["caf", "é", "·", " is", "<s>"]
+
+
+def test_a_word_without_a_token_of_its_own_is_one_sentence(sentence: Sentence) -> None:
+    with pytest.raises(fv.InvalidInput, match="no token stands for ' ' alone"):
+        sentence.places(" ")
+
+
+def test_text_that_is_no_utf8_is_one_sentence() -> None:
+    with pytest.raises(fv.InvalidInput, match="not valid UTF-8"):
+        see_text("caf\udce9")
+
+
 def test_watching_leaves_the_model_as_it_was() -> None:
     model = transformers.BertModel(transformers.BertConfig(hidden_size=12, num_attention_heads=2, intermediate_size=8))
     model.set_attn_implementation("sdpa")

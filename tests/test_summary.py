@@ -196,3 +196,25 @@ def test_memory_of_dead_functions_is_not_served():
     """Two rules may get the same address one after the other."""
     for size in range(1, 40):
         assert fv.rule(lambda b, h, q, k, size=size: k + 0 * q < size).density(3, 40) == size / 40
+
+
+def test_what_does_not_differ_is_summarised_once() -> None:
+    matrix = torch.rand(8, 8) > 0.5
+    for pattern in (
+        fv.from_mask(torch.ones(64, 64).tril().bool()),
+        fv.blocks(matrix, 8),
+        fv.documents(torch.arange(64) // 9),
+        fv.global_tokens(torch.rand(1, 64) > 0.9),
+    ):
+        summary = pattern.summary(64, 64, batch=5, heads=3, tile=16)
+        assert (summary.batch, summary.heads) == (1, 1), pattern
+
+
+def test_many_blocks_and_many_global_tokens_cost_what_is_visible() -> None:
+    """131,072 positions: a block-diagonal matrix, and 300 global tokens, in seconds and not in n² steps."""
+    n = 131_072
+    assert fv.blocks(torch.eye(n // 64, dtype=torch.bool), 64).density(n, n) == 64 / n
+    few, many = list(range(0, 2100, 7)), 300
+    seen = fv.global_tokens(few).summary(4096, 4096)
+    assert len(few) == many
+    assert seen.density() == pytest.approx(1 - (1 - many / 4096) ** 2)

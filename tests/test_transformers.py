@@ -106,6 +106,21 @@ def test_decoding_with_a_cache_equals_one_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_generated_tokens_equal_eager(name: str, cache: str) -> None:
+    register()
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+    inputs = _inputs(name)
+    tokens = []
+    for implementation in ("eager", "foveate"):
+        model.set_attn_implementation(implementation)
+        plain = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        tokens.append(model.generate(**inputs, **plain, cache_implementation=cache))
+    assert torch.equal(*tokens)
+
+
 def test_weights_are_returned_when_asked_for() -> None:
     register()
     model, inputs = _model("bert"), _inputs("bert")

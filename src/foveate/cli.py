@@ -64,7 +64,7 @@ def see(
     sentence = see_text(sys.stdin.read() if text == "-" else text, model, k=k)
     check_place(sentence.report, layer, head)
     row = sentence.places(word)[0] if word is not None else None
-    console = Console()
+    console = Console(emoji=False)
     show(sentence, console, layer=layer, head=head, word=word)
     for path in paths:
         if path.suffix == ".html":

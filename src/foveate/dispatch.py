@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -86,9 +86,7 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     """The choice for `backend="auto"` or a named backend, with every reason of every one that does not run."""
     refusals = {name: implementation(name).refuses(problem) for name in NAMES}
     if backend != "auto":
-        implementation(backend)
-        if refusals[backend]:
-            raise unsupported({backend: refusals[backend]})
+        _named(problem, backend)
         return Choice(backend, refusals)
     for name in NAMES:
         if not refusals[name]:
@@ -104,15 +102,25 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
     if not torch.compiler.is_compiling():  # a graph has no one to tell
         for observer in _OBSERVERS.get():
             observer(problem)
-    chosen = _first(problem) if backend == "auto" else implementation(choose(problem, backend).chosen)
+    chosen = _first(problem) if backend == "auto" else _named(problem, backend)
+    if problem.dropout and problem.seed is None:  # drawn only now that the call will run
+        problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def _named(problem: Problem, name: str) -> Implementation:
+    candidate = implementation(name)
+    reasons = candidate.refuses(problem)
+    if reasons:
+        raise unsupported({name: reasons})
+    return candidate
 
 
 def _first(problem: Problem) -> Implementation:
     for name in NAMES:
         candidate = implementation(name)
-        if not candidate.refuses(problem) and not _automatic(name, problem):
+        if not _automatic(name, problem) and not candidate.refuses(problem):
             return candidate
     return implementation(choose(problem).chosen)  # raises with every reason
 

@@ -32,8 +32,7 @@ class Pairs:
         places = (self.batch, self.head, self.row, self.key)
         return table[
             tuple(
-                place.clamp(0, n - 1) if n > 1 else torch.zeros_like(place)
-                for place, n in zip(places, shape, strict=True)
+                place.clamp(0, n - 1) if n > 1 else place.new_zeros(()) for place, n in zip(places, shape, strict=True)
             )
         ]
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.pattern.algebra import Pattern
+from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.given import from_mask
+from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
-from foveate.values import describe
+from foveate.values import describe, integers
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ class Problem:
     scale: float
     query_start: int | Tensor
     dropout: float
-    seed: int
+    seed: int | None
     needs_lse: bool
 
     @property
@@ -43,6 +44,13 @@ class Problem:
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, query heads, queries, keys)."""
         return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
+        if torch.compiler.is_compiling():
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
     @property
     def needs_gradient(self) -> bool:
@@ -107,6 +115,8 @@ def problem(
         score = bias(score)
     if score is not None and not isinstance(score, Score):
         raise InvalidInput(f"the score is a {type(score).__name__}: wanted a score or a float tensor")
+    if isinstance(pattern, And) and not isinstance(start, Tensor) and start >= keys - 1:
+        pattern = pattern.without(causal)  # hides nothing from queries that stand at the last key or behind it
     last = None if isinstance(start, Tensor) else start + queries
     extent = Extent(batch, heads, queries, keys, last, q.device)
     for part in (pattern, score):
@@ -117,13 +127,11 @@ def problem(
         raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
     if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise InvalidInput(f"seed is {seed!r}: wanted a whole number of 64 bits, or None")
-    if dropout and seed is None:
-        seed = int(torch.randint(-(2**63), 2**63 - 1, ()).item())
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
     if not isinstance(scale, int | float):
         raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
-    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed or 0, needs_lse)
+    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,11 +179,10 @@ def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int 
     if query_start is None:
         return keys - q.shape[2]
     if isinstance(query_start, Tensor):
-        if query_start.dtype.is_floating_point or query_start.dtype in (torch.bool, torch.complex64):
-            raise InvalidInput(f"query_start is {describe(query_start)}: wanted integers")
+        query_start = integers(query_start, "query_start", [0, 1])
         if query_start.dim() == 0:
             query_start = query_start.expand(1)
-        if query_start.dim() != 1 or query_start.shape[0] not in (1, q.shape[0]):
+        if query_start.shape[0] not in (1, q.shape[0]):
             raise InvalidInput(f"query_start is {describe(query_start)}: wanted an int or [batch] = [{q.shape[0]}]")
         if query_start.device != q.device:
             raise InvalidInput(f"query_start is on {query_start.device} but q is on {q.device}: move it")

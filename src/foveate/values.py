@@ -79,8 +79,8 @@ def integers(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
     """`tensor` as an integer tensor with one of these numbers of dimensions, or a clear error that names it."""
     if not isinstance(tensor, Tensor):
         raise InvalidInput(f"{what} is a {type(tensor).__name__}: wanted an integer tensor")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise InvalidInput(f"{what} is {describe(tensor)}: wanted integers")
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise InvalidInput(f"{what} is {describe(tensor)}: wanted integers of a common kind, such as int64")
     if tensor.dim() not in dims:
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted {' or '.join(map(str, dims))} dimension(s)")
     return tensor

@@ -35,13 +35,20 @@ class Mask:
 
     pattern: Pattern | None
     query_start: int | Tensor
+    ndim: int = 4  # transformers takes what has four dimensions for a mask that was made before, and hands it on
+
+    def contiguous(self) -> Mask:
+        """What transformers calls on a mask that it keeps."""
+        return self
 
 
 def register() -> None:
     """Make `attn_implementation="foveate"` known to transformers, for the whole process; again does nothing more."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
         raise FoveateError('transformers is missing: pip install "foveate[hf]"') from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
@@ -97,10 +104,12 @@ def mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Mask | None = None,
     **more: Any,
 ) -> Mask:
     """The pattern that transformers describes by a function of absolute positions and a padding mask."""
+    if isinstance(attention_mask, Mask):
+        return attention_mask  # made before the model was called, as for a static cache
     pattern = causal if mask_function is None else _pattern(mask_function, kv_offset)
     if attention_mask is not None and not bool(attention_mask.all()):
         from transformers.masking_utils import prepare_padding_mask

@@ -175,6 +175,11 @@ class And(Pattern):
 
     parts: tuple[Pattern, ...]
 
+    def without(self, part: Pattern) -> Pattern | None:
+        """The rest of the parts, or None for no pattern at all."""
+        rest = tuple(each for each in self.parts if each is not part)
+        return And(rest) if len(rest) > 1 else rest[0] if rest else None
+
     def visible(self, at: Pairs) -> Tensor:
         result = self.parts[0].visible(at)
         for part in self.parts[1:]:

@@ -94,9 +94,31 @@ class Blocks(Pattern):
         return self.matrix.view((1,) * (4 - self.matrix.dim()) + tuple(self.matrix.shape))
 
     def visible(self, at: Pairs) -> Tensor:
-        size = self.block
-        opened = Pairs(at.batch, at.head, at.query // size, at.query, at.key // size).of(self._full())
-        return opened & (at.query >= 0)
+        size, rows, columns = self.block, *self.matrix.shape[-2:]
+        row, column = at.query // size, at.key // size
+        inside = (row >= 0) & (row < rows) & (column < columns)
+        row, column = row.clamp(0, rows - 1), column.clamp(0, columns - 1)
+        return Pairs(at.batch, at.head, row, at.query, column).of(self._full()) & inside
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        table = self._full()
+        rows, columns = table.shape[-2:]
+        # A summed-area table: the open blocks above and left of a corner, so those of any rectangle by four look-ups.
+        opened = torch.nn.functional.pad(table.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+        batch = tiles.batch if table.shape[0] > 1 else torch.zeros_like(tiles.batch)
+        head = tiles.head if table.shape[1] > 1 else torch.zeros_like(tiles.head)
+        top, bottom = tiles.query // self.block, (tiles.query_end - 1) // self.block + 1
+        left, right = tiles.key // self.block, (tiles.key_end - 1) // self.block + 1
+        area = (bottom - top) * (right - left)
+        top, bottom = top.clamp(0, rows), bottom.clamp(0, rows)
+        left, right = left.clamp(0, columns), right.clamp(0, columns)
+        count = (
+            opened[batch, head, bottom, right]
+            - opened[batch, head, top, right]
+            - opened[batch, head, bottom, left]
+            + opened[batch, head, top, left]
+        )
+        return count > 0, count == area
 
     def misfits(self, extent: Extent) -> list[str]:
         batch, heads, rows, columns = self._full().shape

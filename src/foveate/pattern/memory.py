@@ -1,11 +1,14 @@
-"""The summary of a pattern, remembered: the layers of a model ask for the same one again and again."""
+"""The summary of a pattern, remembered: the layers of a model ask for the same one again and again.
+
+What a pattern holds counts by content, so that a table that was changed in place, by torch or through numpy, is
+noticed. A function can change without a sign: a pattern with a rule is summarised anew each time.
+"""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +17,9 @@ from foveate.pattern.algebra import Pattern
 from foveate.pattern.summary import Summary
 from foveate.pattern.tiling import build
 from foveate.positions import starts
-from foveate.values import Held, identity
+
+_TABLES = 1 << 22  # bytes of tables that are copied for an entry; larger ones are cheaper to summarise than to keep
+_BYTES = 1 << 28  # of all entries together
 
 
 def summarise(
@@ -22,40 +27,70 @@ def summarise(
 ) -> Summary:
     """The summary of `pattern`; a repeated call with the same pattern and sizes is remembered."""
     spec, held = pattern.spec()
-    if isinstance(query_start, Tensor):
-        held = [*held, query_start]
     tensors = [thing for thing in held if isinstance(thing, Tensor)]
+    has_rule = len(tensors) < len(held)
+    if isinstance(query_start, Tensor):
+        tensors.append(query_start)
     device = tensors[0].device if tensors else torch.device("cpu")
     start = starts(query_start, batch, queries, keys, device)
-    if any(tensor.is_inference() for tensor in tensors):  # no version counter: a change could not be seen
+
+    def make() -> Summary:
         return build(pattern, batch, heads, queries, keys, start, tile)
+
+    if has_rule or sum(tensor.nbytes for tensor in tensors) > _TABLES:
+        return make()
     shift = None if isinstance(query_start, Tensor) else query_start
-    key = (spec, *map(identity, held), batch, heads, queries, keys, shift, tile)
-    return _REMEMBERED.get(key, held, lambda: build(pattern, batch, heads, queries, keys, start, tile))
+    return _REMEMBERED.get((spec, batch, heads, queries, keys, shift, tile), tensors, make)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: tuple[object, ...]
+    tensors: list[Tensor]
+    summary: Summary
+
+    def answers(self, key: tuple[object, ...], tensors: list[Tensor]) -> bool:
+        return self.key == key and all(
+            mine.shape == other.shape
+            and mine.dtype == other.dtype
+            and mine.device == other.device
+            and torch.equal(mine, other)
+            for mine, other in zip(self.tensors, tensors, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.summary.nbytes + sum(tensor.nbytes for tensor in self.tensors)
 
 
 class _Memory:
-    """The last few summaries. Tensors and functions count by identity (tensors by version too) and are held weakly."""
+    """The last summaries, newest first, up to a number of bytes."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.entries: OrderedDict[object, tuple[list[weakref.ref[Held]], Summary]] = OrderedDict()
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.entries: list[_Entry] = []
         self.lock = threading.Lock()
 
-    def get(self, key: tuple[object, ...], held: list[Held], build: Callable[[], Summary]) -> Summary:
-        key = tuple(id(part) if callable(part) else part for part in key)
+    def get(self, key: tuple[object, ...], tensors: list[Tensor], make: Callable[[], Summary]) -> Summary:
         with self.lock:
-            entry = self.entries.get(key)
-            # An identity may have been given to a new object after the old one died.
-            if entry and all(ref() is thing for ref, thing in zip(entry[0], held, strict=True)):
-                self.entries.move_to_end(key)
-                return entry[1]
-        summary = build()
-        with self.lock:
-            self.entries[key] = ([weakref.ref(thing) for thing in held], summary)
-            while len(self.entries) > self.size:
-                self.entries.popitem(last=False)
+            entries = list(self.entries)
+        for entry in entries:
+            if entry.answers(key, tensors):
+                self._put(entry)
+                return entry.summary
+        summary = make()
+        self._put(_Entry(key, [tensor.detach().clone() for tensor in tensors], summary))
         return summary
 
+    def _put(self, newest: _Entry) -> None:
+        with self.lock:
+            kept, room = [], self.nbytes
+            for entry in [newest, *(entry for entry in self.entries if entry is not newest)]:
+                room -= entry.nbytes
+                if room < 0:
+                    break
+                kept.append(entry)
+            self.entries = kept[:32]
 
-_REMEMBERED = _Memory(32)
+
+_REMEMBERED = _Memory(_BYTES)

@@ -76,7 +76,7 @@ class PackedDocuments(Pattern):
     cu_seqlens: Tensor
 
     def _id(self, position: Tensor) -> Tensor:
-        number = torch.searchsorted(self.cu_seqlens, position.to(self.cu_seqlens.dtype).contiguous(), right=True) - 1
+        number = torch.searchsorted(self.cu_seqlens.long(), position.contiguous(), right=True) - 1
         return torch.where(number < self.cu_seqlens.shape[0] - 1, number, -1)
 
     def visible(self, at: Pairs) -> Tensor:

@@ -163,6 +163,9 @@ def chunks(size: int) -> Pattern:
     return Chunks(whole(size, "the size of chunks", 1))
 
 
+_FEW = 8  # positions that are compared one by one, which FlexAttention can trace
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GlobalTokens(Pattern):
     """Some positions see all and are seen by all: rows and columns."""
@@ -172,9 +175,12 @@ class GlobalTokens(Pattern):
     def _is_global(self, batch: Tensor, position: Tensor, keys: int | None) -> Tensor:
         if isinstance(self.positions, Tensor):
             return lookup(self.positions, batch, position, False)
+        places = [_from_the_end(self, place, keys) for place in self.positions]
+        if len(places) > _FEW:
+            return torch.isin(position, torch.tensor(places, device=position.device))
         result = torch.zeros_like(position, dtype=torch.bool)
-        for place in self.positions:
-            result = result | (position == _from_the_end(self, place, keys))
+        for place in places:
+            result = result | (position == place)
         return result
 
     def visible(self, at: Pairs) -> Tensor:
@@ -184,8 +190,9 @@ class GlobalTokens(Pattern):
         def count(first: Tensor, end: Tensor) -> Tensor:
             if isinstance(self.positions, Tensor):
                 return count_in(self.positions, tiles.batch, first, end)
-            places = {_from_the_end(self, place, tiles.keys) for place in self.positions}
-            return sum(((first <= p) & (p < end)).long() for p in places) + torch.zeros_like(first)
+            places = sorted({_from_the_end(self, place, tiles.keys) for place in self.positions})
+            table = torch.tensor(places, dtype=torch.int64, device=first.device)
+            return torch.searchsorted(table, end) - torch.searchsorted(table, first)
 
         rows, columns = count(tiles.query, tiles.query_end), count(tiles.key, tiles.key_end)
         full = (rows == tiles.query_end - tiles.query) | (columns == tiles.key_end - tiles.key)

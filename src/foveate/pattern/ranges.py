@@ -53,7 +53,7 @@ def hashed(seed: int, first: Tensor, second: Tensor, third: int) -> Tensor:
 
 def lookup(table: Tensor, batch: Tensor, position: Tensor, outside: int | bool) -> Tensor:
     """table[batch, position], or `outside` for a position that the table does not have."""
-    row = batch if table.shape[0] > 1 else torch.zeros_like(batch)
+    row = batch if table.shape[0] > 1 else batch.new_zeros(())  # no batch dimension where there is no difference
     length = table.shape[1]
     if length == 0:
         return torch.full_like(row + position, outside, dtype=table.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 _PAIRS_AT_ONCE = 1 << 20  # how many pairs of partial tiles are evaluated in one go: what a cache holds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """The tiles of one pattern, in rows: tile row i of (batch b, head h) has the entries offsets[b, h, i : i + 2].
 
@@ -38,6 +38,10 @@ class Summary:
     @property
     def heads(self) -> int:
         return self.offsets.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.offsets, self.columns, self.partial, self.bits))
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, head, tile row) of every entry."""

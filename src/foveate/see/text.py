@@ -33,13 +33,20 @@ class Sentence:
         at = _find_word(text, word)
         if at is None:
             raise InvalidInput(f"the word {word!r} is not in the text {_short(text)!r}")
-        return [n for n, (first, end) in enumerate(self.spans) if first < at + len(word) and end > at and end > first]
+        found = [n for n, (first, end) in enumerate(self.spans) if first < at + len(word) and end > at and end > first]
+        if not found:
+            raise InvalidInput(
+                f"no token stands for {word!r} alone: choose another word, or a model with a fast tokenizer"
+            )
+        return found
 
 
 def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
     """Run `model` (a folder or hub id; None = the bundled one) over `text` with foveate computing its attention."""
     if not text.strip():
         raise InvalidInput("the text is empty: give at least one word")
+    if not text.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+        raise InvalidInput("the text is not valid UTF-8: save it as UTF-8 and try again")
     if k < 1:
         raise InvalidInput(f"k is {k}: wanted at least 1")
     try:
@@ -65,13 +72,13 @@ def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
         inputs = tokenizer(text, return_tensors="pt", return_offsets_mapping=tokenizer.is_fast)
     spans = inputs.pop("offset_mapping")[0].tolist() if "offset_mapping" in inputs else []
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-    most = getattr(network.config, "max_position_embeddings", None)
+    most = _longest(network)
     if most is not None and len(tokens) > most:
         raise InvalidInput(f"the text has {len(tokens)} tokens but the model takes {most}: shorten it")
     with torch.inference_mode(), watch(network.eval()) as seen:
         network(**inputs)
     name = BUNDLED if model is None else model
-    made = report(seen, [_readable(token) for token in tokens], text=text, model=name, k=k)
+    made = report(seen, _readable(tokens, spans, text), text=text, model=name, k=k)
     return Sentence(made, [tuple(span) for span in spans])
 
 
@@ -112,9 +119,25 @@ def _find_word(text: str, word: str) -> int | None:
     return None
 
 
-def _readable(token: str) -> str:
-    """A token as people read it: byte-level and SentencePiece markers of a space become one."""
-    return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎") or token
+def _readable(tokens: list[str], spans: list[list[int]], text: str) -> list[str]:
+    """Tokens as people read them: byte-level ones, which spell a space or an é in code, as the text they stand for."""
+    byte_level = any("Ġ" in token or "▁" in token for token in tokens)
+    if not (byte_level and spans):
+        return [token.replace("▁", " ") or token for token in tokens]
+    # Several tokens may share one character: all but the first show a dot.
+    starts = [first for first, _ in spans]
+    return [
+        token if first == end else "·" if number and starts[number - 1] == first else text[first:end]
+        for number, (token, (first, end)) in enumerate(zip(tokens, spans, strict=True))
+    ]
+
+
+def _longest(network: Any) -> int | None:
+    """How many tokens the model takes, None where it does not say; RoBERTa keeps its first positions for padding."""
+    most = getattr(network.config, "max_position_embeddings", None)
+    table = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return most if most is None or padding is None else most - padding - 1
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from foveate.capture import Looked
 from foveate.dispatch import observe
 from foveate.errors import FoveateError, InvalidInput
 from foveate.problem import Problem
+from foveate.score import parse
 
 
 @dataclass(repr=False)
@@ -26,7 +27,11 @@ class Seen:
 
     def keep(self, call: Problem) -> None:
         """Remember one call: its q, k and v, without their history."""
-        kept = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
+        score = None
+        if call.score is not None:
+            words, tensors = call.score.spec()
+            score = parse(words, [tensor.detach() for tensor in tensors])
+        kept = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach(), score=score)
         self.calls.append(kept)
         self._versions.append(_versions(kept))
 
@@ -115,4 +120,8 @@ def _implementations(config: Any) -> list[tuple[Any, Any]]:
 
 
 def _versions(call: Problem) -> tuple[int | None, ...]:
-    return tuple(None if x.is_inference() else x._version for x in (call.q, call.k, call.v))
+    tensors = [call.q, call.k, call.v]
+    tensors += call.pattern.tensors() if call.pattern is not None else []
+    tensors += call.score.tensors() if call.score is not None else []
+    tensors += [call.query_start] if isinstance(call.query_start, Tensor) else []
+    return tuple(None if x.is_inference() else x._version for x in tensors)

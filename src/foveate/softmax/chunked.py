@@ -30,15 +30,23 @@ from foveate.score import parse as parse_score
 
 _TILE = 128  # rows at once, and the grain at which empty tiles are skipped
 _KEYS = 2048  # keys at once: a segment's scores stay in the cache
+_SCORES = 1 << 24  # scores at once, over all heads: 64 MiB in float32
 
 Box = tuple[slice, slice, slice, slice]
 
 
 def refuses(problem: Problem) -> list[str]:
-    """Only a rule inside a compiled graph or on tensors without data, since its function cannot cross."""
+    """What cannot cross into an operator: a rule in a compiled graph, and the transforms of torch.func."""
+    reasons = []
+    if problem.is_transformed:
+        reasons.append('it has no vmap and no forward derivative: backend="reference" has')
+    if problem.dropout and problem.seed is None and torch.compiler.is_compiling():
+        reasons.append("dropout inside a compiled graph needs seed=")
     if _holds_function(problem) and (torch.compiler.is_compiling() or _without_data(problem.q)):
-        return ["rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"]
-    return []
+        reasons.append(
+            "rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"
+        )
+    return reasons
 
 
 def run(problem: Problem) -> Result:
@@ -54,7 +62,7 @@ def run(problem: Problem) -> Result:
     out, lse = _forward_op(
         problem.q, problem.k, problem.v, [x for x in held if isinstance(x, Tensor)], tensors,
         problem.query_start if varying else None, 0 if varying else problem.query_start,
-        pattern, score, problem.scale, problem.dropout, problem.seed,
+        pattern, score, problem.scale, problem.dropout, problem.seed or 0,
     )  # fmt: skip
     return Result(out, lse)
 
@@ -88,14 +96,15 @@ class _Call:
 
     def rows(self) -> Iterator[tuple[Box, list[tuple[slice, list[tuple[slice, Tensor]]]]]]:
         """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
-        batch, heads, queries, keys = self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+        heads, queries, keys = self.q.shape[1], self.q.shape[2], self.k.shape[2]
         if self.summary is None:
             whole: list[tuple[slice, list[tuple[slice, Tensor]]]] = [
                 (slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)
             ]
             for row in range(0, queries, 2 * _TILE):
                 rows = slice(row, min(row + 2 * _TILE, queries))
-                yield (slice(0, batch), slice(0, heads), rows, slice(0, keys)), whole
+                for part in self._batches():
+                    yield (part, slice(0, heads), rows, slice(0, keys)), whole
             return
         summary = self.summary
         columns, partial = summary.columns.tolist(), summary.partial.tolist()
@@ -103,13 +112,17 @@ class _Call:
             for h in range(summary.heads):
                 offsets = summary.offsets[b, h].tolist()
                 for row, (first, end) in enumerate(pairwise(offsets)):
-                    box = (
-                        slice(b, b + 1) if summary.batch > 1 else slice(0, batch),
-                        slice(h, h + 1) if summary.heads > 1 else slice(0, heads),
-                        slice(row * _TILE, min((row + 1) * _TILE, queries)),
-                        slice(0, keys),
-                    )
-                    yield box, self._segments(columns[first:end], partial[first:end], box[2])
+                    rows = slice(row * _TILE, min((row + 1) * _TILE, queries))
+                    segments = self._segments(columns[first:end], partial[first:end], rows)
+                    for part in self._batches() if summary.batch == 1 else [slice(b, b + 1)]:
+                        some = slice(h, h + 1) if summary.heads > 1 else slice(0, heads)
+                        yield (part, some, rows, slice(0, keys)), segments
+
+    def _batches(self) -> list[slice]:
+        """The batch in parts, so that a box holds a bounded number of scores."""
+        batch, heads = self.q.shape[:2]
+        step = max(1, _SCORES // (heads * 2 * _TILE * min(self.k.shape[2], _KEYS) + 1))
+        return [slice(at, min(at + step, batch)) for at in range(0, batch, step)]
 
     def _segments(
         self, columns: list[int], partial: list[int], rows: slice
@@ -190,7 +203,7 @@ def _call(
     if summary is not None and summary.offsets.device != q.device:
         parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
         summary = Summary(q.shape[2], k.shape[2], _TILE, *(part.to(q.device) for part in parts))
-    finite = all(bool(x.isfinite().all()) for x in (q, k, v))
+    finite = all(_is_finite(x) for x in (q, k, v))
     parsed = parse_score(score, tensors) if score else None
     return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, finite)
 
@@ -324,6 +337,11 @@ def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *gradients: 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: the extremes tell, in a tenth of the time that a look at each takes."""
+    return x.numel() == 0 or all(math.isfinite(float(end)) for end in x.aminmax())
 
 
 def _clean(x: Tensor, finite: bool) -> Tensor:

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
     if compiled and q.device.type == "cpu":
         if _needs_lse(problem):
             reasons.append("q is on cpu and the log-sum-exp is needed, by the caller or for sinks")
-        if not (shutil.which("g++") or shutil.which("clang++")):
+        if not _has_compiler():
             reasons.append("it compiles C++ at run time and there is no g++ or clang++")
     if compiled and q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         reasons.append("triton is missing")
@@ -82,6 +83,11 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
         share = torch.where(with_sink == -math.inf, 0, (lse - with_sink.masked_fill(with_sink == -math.inf, 0)).exp())
         out, lse = (out * share[..., None]).to(out.dtype), with_sink
     return Result(out, lse)
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 def _seen(problem: Problem, summary: Summary | None) -> Iterator[Tensor]:
@@ -129,8 +135,18 @@ def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
     return score_mod
 
 
+_BLOCK_MASKS: weakref.WeakKeyDictionary[Summary, Any] = weakref.WeakKeyDictionary()
+
+
 def _block_mask(summary: Summary) -> Any:
-    """FlexAttention's BlockMask from our tiles: counts and column indices, partial and full ones apart."""
+    """FlexAttention's BlockMask of a summary, kept as long as the summary is."""
+    if summary not in _BLOCK_MASKS:
+        _BLOCK_MASKS[summary] = _make_block_mask(summary)
+    return _BLOCK_MASKS[summary]
+
+
+def _make_block_mask(summary: Summary) -> Any:
+    """Our tiles as FlexAttention lists them: counts and column indices, partial and full ones apart."""
     rows, columns = summary.offsets.shape[2] - 1, -(-summary.keys // _TILE)
     shape = (summary.batch, summary.heads, rows, columns)
     device = summary.columns.device

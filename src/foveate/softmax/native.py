@@ -35,6 +35,8 @@ def refuses(problem: Problem) -> list[str]:
         reasons.append(f"dtype is {str(q.dtype).removeprefix('torch.')} (takes float32, bfloat16, float16)")
     if problem.needs_gradient:
         reasons.append("a gradient is needed, and it has no backward pass yet")
+    if problem.is_transformed:
+        reasons.append('it has no vmap and no forward derivative: backend="reference" has')
     if problem.dropout:
         reasons.append("takes no dropout yet")
     if problem.score is not None:

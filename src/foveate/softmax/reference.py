@@ -30,7 +30,7 @@ def run(problem: Problem) -> Result:
     visible = problem.pattern.visible(at).broadcast_to(scores.shape) if problem.pattern is not None else None
     weights, lse = masked_softmax(scores, visible, sinks)
     if problem.dropout:
-        kept = dropout_mask(problem.seed, problem.dropout, at.batch, at.head, at.query, at.key)
+        kept = dropout_mask(problem.seed or 0, problem.dropout, at.batch, at.head, at.query, at.key)
         weights = weights * kept / (1 - problem.dropout)
     out = ungroup(weigh(group(weights, k), v.to(wide)), q)
     return Result(out.to(q.dtype), lse)

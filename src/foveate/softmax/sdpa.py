@@ -17,11 +17,12 @@ from foveate.problem import Problem, Result
 from foveate.score import Bias
 from foveate.values import describe
 
+_FEW_KEYS = 16
+
 
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which a fused kernel would compute something else, or an n×n fallback would run."""
     q, v = problem.q, problem.v
-    _, _, queries, keys = problem.shape
     reasons = []
     if problem.needs_lse:
         reasons.append("returns no log-sum-exp")
@@ -38,7 +39,7 @@ def refuses(problem: Problem) -> list[str]:
             reasons.append(f"head size {q.shape[3]} has no fused kernel on cuda (multiples of 8 up to 256 have)")
         if problem.group > 1 and (problem.pattern is not None or problem.score is not None or q.dtype == torch.float32):
             reasons.append("grouped heads with a mask or in float32 have no fused kernel on cuda")
-    if any(x.numel() and x.stride(3) != 1 for x in (q, problem.k, v)):
+    if q.stride(3) != 1 or problem.k.stride(3) != 1 or v.stride(3) != 1:
         reasons.append("the last stride of q, k or v is not 1")
     reasons += _score_reasons(problem)
     pattern = problem.pattern
@@ -46,12 +47,12 @@ def refuses(problem: Problem) -> list[str]:
         if not isinstance(problem.query_start, int | torch.SymInt):
             reasons.append("query_start differs in the batch")
         elif not _sees_all(problem) and problem.query_start != 0:
-            reasons.append(f"its causal mask is top-left, but the first query stands at {problem.query_start}")
+            reasons.append("its causal mask is top-left, and the first query does not stand at the first key")
         if problem.score and not _sees_all(problem):
             reasons.append("takes causal or a bias, not both")
     elif pattern is not None:
         if not isinstance(pattern, PaddingLengths | PaddingKeep | FromMask):
-            reasons.append(f"the pattern {pattern!r} would need a mask of {queries} × {keys}")
+            reasons.append(f"the pattern {pattern!r} would need a mask as large as the weights")
         elif problem.score:
             reasons.append("takes a mask or a bias, not both")
     return reasons
@@ -62,8 +63,9 @@ def run(problem: Problem) -> Result:
     k, v, mask, causal = problem.k, problem.v, None, False
     pattern = problem.pattern
     if isinstance(pattern, Causal) and not _sees_all(problem):
-        causal = True
-        k, v = k[:, :, : problem.q.shape[2]], v[:, :, : problem.q.shape[2]]  # no row sees what comes after
+        causal, queries = True, problem.q.shape[2]
+        if k.shape[2] > queries:
+            k, v = k[:, :, :queries], v[:, :, :queries]  # no row sees what comes after
     elif isinstance(pattern, FromMask):
         mask, seen = pattern.full(), pattern.full().any(2)
         k, v = without_unseen(k, seen), without_unseen(v, seen)
@@ -76,6 +78,10 @@ def run(problem: Problem) -> Result:
         # A float32 bias stays float32 beside a narrower q: the kernel adds it to scores that are float32.
         mask, seen = term.full().to(torch.promote_types(term.tensor.dtype, problem.q.dtype)), term.seen()
         k, v = without_unseen(k, seen), without_unseen(v, seen)
+    if mask is None and k.device.type == "cpu" and k.shape[2] < _FEW_KEYS:
+        # Without a mask the kernel loses a NaN of the query among so few keys.
+        mask = torch.ones(problem.q.shape[2], k.shape[2], dtype=torch.bool)
+        mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
         problem.q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=problem.group > 1
     )
