@@ -252,9 +252,9 @@ print(fv.explain(q, k, v, fv.causal & fv.window(16), score=fv.softcap(50.0)))
 
 ```text
   sdpa       takes no softcap; the pattern causal & window(16) would need a mask as large as the weights
-  native     takes no softcap yet
+→ native     runs
   flex       compiles at run time, so on a CPU it runs only by name
-→ chunked    runs
+  chunked    could run
   reference  holds n×n weights, so it runs only by name
 ```
 

@@ -21,7 +21,14 @@ struct Call {
     float* lse;  // [batch, heads, queries], contiguous
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     float scale;
-    const float* sinks;  // [heads], or null
+
+    // What changes the scores, in this order; each null or 0 where there is none.
+    float softcap;           // cap · tanh(score / cap)
+    const float* distances;  // added: entry keys − 1 + row − key of [batch, heads, queries + keys − 1 + tile]
+    int64_t distance_batch, distance_head;
+    const float* bias;  // added, −inf hides: batch, head, row, key by these strides
+    int64_t bias_strides[4];
+    const float* sinks;  // [heads]: one more logit in the sum
 
     // The tiles in rows, as a summary has them; null: every tile, whole.
     const int64_t* offsets;  // [tile batch, tile heads, tile rows + 1]

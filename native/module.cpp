@@ -23,7 +23,8 @@ static foveate::View view(const Matrix& matrix) {
 }
 
 static void forward(int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
-                    const std::array<int64_t, 7>& sizes, float scale, int64_t sinks,
+                    const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                    const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
                     const std::array<int64_t, 6>& tiles, const std::string& kernel, int threads) {
     const foveate::Kernel* chosen = foveate::choose(kernel.c_str());
     if (!chosen) throw nb::value_error("no such kernel on this machine");
@@ -34,6 +35,11 @@ static void forward(int dtype, const Matrix& q, const Matrix& k, const Matrix& v
     call.batch = sizes[0], call.heads = sizes[1], call.key_heads = sizes[2];
     call.queries = sizes[3], call.keys = sizes[4], call.dim = sizes[5], call.value_dim = sizes[6];
     call.scale = scale;
+    call.softcap = softcap;
+    call.distances = address<const float>(distances[0]);
+    call.distance_batch = distances[1], call.distance_head = distances[2];
+    call.bias = address<const float>(bias[0]);
+    for (int n = 0; n < 4; ++n) call.bias_strides[n] = bias[n + 1];
     call.sinks = address<const float>(sinks);
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);
     call.partial = address<const int64_t>(tiles[2]), call.bits = address<const uint64_t>(tiles[3]);
@@ -54,6 +60,6 @@ NB_MODULE(_native, module) {
     module.attr("tile") = int(foveate::tile);
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
     module.def("forward", &forward, nb::arg("dtype"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"),
-               nb::arg("lse"), nb::arg("sizes"), nb::arg("scale"), nb::arg("sinks"), nb::arg("tiles"),
+               nb::arg("lse"), nb::arg("sizes"), nb::arg("scale"), nb::arg("softcap"), nb::arg("distances"), nb::arg("bias"), nb::arg("sinks"), nb::arg("tiles"),
                nb::arg("kernel"), nb::arg("threads"));
 }

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from budget import assert_within_budget
-from test_laws import PATTERNS, make_problem
+from test_laws import PATTERNS, SCORES, make_problem
 from torch import Tensor
 
 import foveate as fv
@@ -28,14 +28,33 @@ def _on(kernel: str, threads: int = 1) -> object:
 @pytest.mark.parametrize("pattern", NAMED)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_pattern_on_every_kernel(kernel: str, pattern: str, dtype: torch.dtype) -> None:
-    for score in ("none", "sinks"):
+    for score in ("none", "all"):
         assert_within_budget(_on(kernel), make_problem(pattern, score), dtype, gradients=False)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("pattern", ["everything", "causal window"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_score_on_every_kernel(kernel: str, pattern: str, score: str) -> None:
+    for start in (None, torch.tensor([5, -20])):
+        call = make_problem(pattern, score, query_start=start)
+        assert_within_budget(_on(kernel), call, torch.float32, gradients=False)
+
+
+@pytest.mark.parametrize("cap", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_small_and_large_scores_are_capped_alike(kernel: str, cap: float) -> None:
+    generator = torch.Generator().manual_seed(11)
+    q, k, v = (torch.randn(1, 2, 70, 8, generator=generator) for _ in range(3))
+    for scale in (1e-4, 0.3, 30.0):
+        call = problem(q, k, v, score=fv.softcap(cap), scale=scale)
+        assert_within_budget(_on(kernel), call, torch.float32, gradients=False)
 
 
 @pytest.mark.parametrize("start", [0, -40, 200, torch.tensor([5, -20])], ids=str)
 @pytest.mark.parametrize("pattern", ["causal", "causal window", "streaming", "bigbird"])
 def test_queries_start_anywhere(pattern: str, start: int | Tensor) -> None:
-    assert_within_budget(_on(""), make_problem(pattern, "sinks", query_start=start), torch.float32, gradients=False)
+    assert_within_budget(_on(""), make_problem(pattern, "all", query_start=start), torch.float32, gradients=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -150,7 +169,7 @@ def test_eight_threads_at_once() -> None:
 def test_what_it_does_not_have_is_refused() -> None:
     q = torch.randn(1, 2, 5, 8)
     for more, words in (
-        ({"score": fv.softcap(2)}, "takes no softcap yet"),
+        ({"score": fv.bias(torch.zeros(5, 5)) + fv.bias(torch.zeros(5, 5))}, "takes one bias tensor"),
         ({"dropout": 0.1}, "takes no dropout yet"),
         ({"pattern": fv.rule(lambda batch, head, query, key: query > key)}, "holds a rule"),
     ):
