@@ -14,7 +14,6 @@ from foveate.problem import Problem, Result, problem
 from foveate.softmax import native, reference
 
 KERNELS = native._native.kernels()
-NAMED = [name for name in PATTERNS if name != "rule"]
 
 
 def _on(kernel: str, threads: int = 1) -> object:
@@ -25,7 +24,7 @@ def _on(kernel: str, threads: int = 1) -> object:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern", NAMED)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_pattern_on_every_kernel(kernel: str, pattern: str, dtype: torch.dtype) -> None:
     for score in ("none", "all"):
@@ -171,7 +170,6 @@ def test_what_it_does_not_have_is_refused() -> None:
     for more, words in (
         ({"score": fv.bias(torch.zeros(5, 5)) + fv.bias(torch.zeros(5, 5))}, "takes one bias tensor"),
         ({"dropout": 0.1}, "takes no dropout yet"),
-        ({"pattern": fv.rule(lambda batch, head, query, key: query > key)}, "holds a rule"),
     ):
         assert any(words in reason for reason in native.refuses(problem(q, q, q, **more)))  # type: ignore[arg-type]
     assert any("float64" in reason for reason in native.refuses(problem(q.double(), q.double(), q.double())))

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput, unsupported
-from foveate.pattern import catalogue
-from foveate.pattern.memory import summarise
+from foveate.pattern.crossing import has_rule, tiles, written
 from foveate.pattern.summary import Summary
 from foveate.positions import grid
 from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
@@ -42,7 +41,7 @@ def refuses(problem: Problem) -> list[str]:
         reasons.append('it has no vmap and no forward derivative: backend="reference" has')
     if problem.dropout and problem.seed is None and torch.compiler.is_compiling():
         reasons.append("dropout inside a compiled graph needs seed=")
-    if _holds_function(problem) and (torch.compiler.is_compiling() or _without_data(problem.q)):
+    if has_rule(problem.pattern) and (torch.compiler.is_compiling() or _without_data(problem.q)):
         reasons.append(
             "rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"
         )
@@ -51,24 +50,15 @@ def refuses(problem: Problem) -> list[str]:
 
 def run(problem: Problem) -> Result:
     """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
-    pattern, held = problem.pattern.spec() if problem.pattern is not None else ("", [])
-    if _holds_function(problem):  # a function cannot cross either: its summary can
-        assert problem.pattern is not None
-        start = problem.query_start
-        summary = summarise(problem.pattern, *problem.shape, start, _TILE)
-        pattern, held = "summary", [summary.offsets, summary.columns, summary.partial, summary.bits]
+    pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
     score, tensors = problem.score.spec() if problem.score is not None else ("", [])
     varying = isinstance(problem.query_start, Tensor)
     out, lse = _forward_op(
-        problem.q, problem.k, problem.v, [x for x in held if isinstance(x, Tensor)], tensors,
+        problem.q, problem.k, problem.v, held, tensors,
         problem.query_start if varying else None, 0 if varying else problem.query_start,
         pattern, score, problem.scale, problem.dropout, problem.seed or 0,
     )  # fmt: skip
     return Result(out, lse)
-
-
-def _holds_function(problem: Problem) -> bool:
-    return problem.pattern is not None and any(not isinstance(x, Tensor) for x in problem.pattern.spec()[1])
 
 
 def _without_data(tensor: Tensor) -> bool:
@@ -193,13 +183,7 @@ def _call(
     start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
 ) -> _Call:  # fmt: skip
     position = start if starts is None else starts
-    if pattern == "summary":
-        summary = Summary(q.shape[2], k.shape[2], _TILE, *held)
-    elif pattern:
-        sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        summary = summarise(catalogue.parse(pattern, held), *sizes, position, _TILE)
-    else:
-        summary = None
+    summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], position, _TILE)
     if summary is not None and summary.offsets.device != q.device:
         parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
         summary = Summary(q.shape[2], k.shape[2], _TILE, *(part.to(q.device) for part in parts))

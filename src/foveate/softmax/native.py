@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.pattern import catalogue
-from foveate.pattern.memory import summarise
+from foveate.pattern.crossing import has_rule, tiles, written
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.problem import Problem, Result
@@ -44,8 +43,8 @@ def refuses(problem: Problem) -> list[str]:
         reasons.append("takes no dropout yet")
     if problem.score is not None and sum(isinstance(term, Bias) for term in problem.score.biases) > 1:
         reasons.append("takes one bias tensor")
-    if problem.pattern is not None and any(not isinstance(x, Tensor) for x in problem.pattern.spec()[1]):
-        reasons.append("the pattern holds a rule, whose function cannot cross")
+    if has_rule(problem.pattern) and (torch.compiler.is_compiling() or q.is_meta):
+        reasons.append("rule(fn) cannot enter a compiled graph: compose named patterns")
     return reasons
 
 
@@ -56,11 +55,11 @@ def run(problem: Problem) -> Result:
 
 def _run(problem: Problem, kernel: str, threads: int) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
-    pattern, held = problem.pattern.spec() if problem.pattern is not None else ("", [])
+    pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
     score, tensors = problem.score.spec() if problem.score is not None else ("", [])
     varies = isinstance(problem.query_start, Tensor)
     out: tuple[Tensor, Tensor] = _forward_op(
-        problem.q, problem.k, problem.v, [x for x in held if isinstance(x, Tensor)], tensors,
+        problem.q, problem.k, problem.v, held, tensors,
         problem.query_start if varies else None, 0 if varies else problem.query_start,
         pattern, score, problem.scale, kernel, threads,
     )  # fmt: skip
@@ -85,12 +84,12 @@ def _forward_op(
     distances = _distances(terms, position, batch, heads, queries, keys)
     bias = next((term.full().float() for term in terms.biases if isinstance(term, Bias)), None)
     logits = None if terms.sinks is None else terms.sinks.logits.float().contiguous()
-    tiles, alive = (0, 0, 0, 0, 1, 1), []
-    if pattern:
-        summary = summarise(catalogue.parse(pattern, held), batch, heads, queries, keys, position, _TILE)
+    listed, alive = (0, 0, 0, 0, 1, 1), []
+    summary = tiles(pattern, held, batch, heads, queries, keys, position, _TILE)
+    if summary is not None:
         parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
         alive = [part.contiguous() for part in parts]
-        tiles = (*(x.data_ptr() for x in alive), summary.batch, summary.heads)  # type: ignore[assignment]
+        listed = (*(x.data_ptr() for x in alive), summary.batch, summary.heads)  # type: ignore[assignment]
     _native.forward(
         _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(),
         (batch, heads, k.shape[1], queries, keys, dim, value_dim), scale,
@@ -98,7 +97,7 @@ def _forward_op(
         (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
         (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
         0 if logits is None else logits.data_ptr(),
-        tiles, kernel, threads or torch.get_num_threads(),
+        listed, kernel, threads or torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 

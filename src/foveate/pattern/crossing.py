@@ -1,0 +1,60 @@
+"""How a pattern crosses into an operator of torch, which takes tensors and strings: as its expression.
+
+A function has no expression, so a pattern with a rule crosses as its summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.catalogue import parse
+from foveate.pattern.memory import summarise
+from foveate.pattern.summary import Summary
+
+_SUMMARY = "summary"
+
+
+def has_rule(pattern: Pattern | None) -> bool:
+    """Whether the pattern holds a function."""
+    return pattern is not None and any(not isinstance(thing, Tensor) for thing in pattern.spec()[1])
+
+
+def written(
+    pattern: Pattern | None,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    query_start: int | Tensor,
+    tile: int,
+) -> tuple[str, list[Tensor]]:
+    """A string and tensors from which `tiles` makes the summary; an empty string for no pattern at all."""
+    if pattern is None:
+        return "", []
+    spec, held = pattern.spec()
+    tensors = [thing for thing in held if isinstance(thing, Tensor)]
+    if len(tensors) < len(held):
+        summary = summarise(pattern, batch, heads, queries, keys, query_start, tile)
+        return _SUMMARY, [summary.offsets, summary.columns, summary.partial, summary.bits]
+    return spec, tensors
+
+
+def tiles(
+    spec: str,
+    held: Sequence[Tensor],
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    query_start: int | Tensor,
+    tile: int,
+) -> Summary | None:
+    """The summary of what `written` wrote, None for no pattern."""
+    if not spec:
+        return None
+    if spec == _SUMMARY:
+        return Summary(queries, keys, tile, *held)
+    return summarise(parse(spec, held), batch, heads, queries, keys, query_start, tile)
