@@ -24,7 +24,6 @@ from foveate.score import Score, bias, sinks
 from foveate.score import softcap as softcap_score
 
 NAME = "foveate"
-TESTED = "5.23"
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
