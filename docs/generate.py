@@ -171,7 +171,7 @@ causal & (window(3) | prefix(1))
 - `~a`: the opposite.
 
 Python reads `&` before `|`, so write the brackets of `causal & (window(3) | prefix(1))`. And write `&`, not `and`:
-Python's own `and`, `or`, `not` do not compose.
+Python's own `and`, `or`, `not` raise an error that says so.
 
 The pictures below have 16 queries and 16 keys. *Pairs* is how many pairs n queries and n keys have: what the time
 follows, since tiles of 128 × 128 pairs in which nothing is visible are skipped. On the command line the same gallery is
