@@ -71,6 +71,19 @@ double one(const Kernel& kernel, int threads) {
         call.offsets = tiles.offsets.data(), call.columns = tiles.columns.data();
         call.partial = tiles.partial.data(), call.bits = tiles.bits.data();
     }
+    // Scores: a cap; distances, a vector of exactly the length that the header names; a bias shared by the batch rows.
+    const float cap = pick({0, 2});
+    const int64_t length = queries + keys - 1 + tile;
+    Matrix distances(1, heads, 1, length, 0), bias(1, heads, queries, keys, pick({0, 3}));
+    const bool has_distances = pick({0, 1}), has_bias = pick({0, 1});
+    call.softcap = cap;
+    if (has_distances) call.distances = distances.data.get(), call.distance_head = length;
+    if (has_bias) {
+        const View view = bias.view();
+        call.bias = bias.data.get();
+        const int64_t strides[] = {0, view.head, view.row, 1};
+        std::memcpy(call.bias_strides, strides, sizeof strides);
+    }
     foveate::forward(call, kernel, threads);
 
     double worst = 0;
@@ -84,7 +97,11 @@ double one(const Kernel& kernel, int threads) {
                     double score = 0;
                     for (int64_t d = 0; d < dim; ++d)
                         score += double(q.at(b, h, row)[d]) * k.at(b, h / (heads / key_heads), key)[d];
-                    total += weights[key] = std::exp(score * call.scale);
+                    score *= call.scale;
+                    if (cap != 0) score = cap * std::tanh(score / cap);
+                    if (has_distances) score += distances.at(0, h, 0)[keys - 1 + row - key];
+                    if (has_bias) score += bias.at(0, h, row)[key];
+                    total += weights[key] = std::exp(score);
                 }
                 for (int64_t key = 0; key < keys; ++key)
                     for (int64_t d = 0; d < value_dim && total > 0; ++d)
