@@ -109,9 +109,9 @@ def test_bad_models_and_texts_are_one_sentence(tmp_path: Path) -> None:
 def test_a_byte_level_token_is_shown_as_its_text() -> None:
     from foveate.see.text import _readable
 
-    tokens, text = ["caf", "Ã", "©", "Ġis", "<s>"], "café is"
-    spans = [[0, 3], [3, 4], [3, 4], [4, 7], [0, 0]]
-    assert _readable(tokens, spans, text) == ["caf", "é", "·", " is", "<s>"]
+    tokens, text = ["<s>", "caf", "Ã", "©", "Ġis", "</s>"], "café is"
+    spans = [[0, 0], [0, 3], [3, 4], [3, 4], [4, 7], [0, 0]]
+    assert _readable(tokens, spans, text) == ["<s>", "caf", "é", "·", " is", "</s>"]
 
 
 def test_a_word_without_a_token_of_its_own_is_one_sentence(sentence: Sentence) -> None:

@@ -86,7 +86,9 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     """The choice for `backend="auto"` or a named backend, with every reason of every one that does not run."""
     refusals = {name: implementation(name).refuses(problem) for name in NAMES}
     if backend != "auto":
-        _named(problem, backend)
+        implementation(backend)  # an unknown name is an error of its own
+        if refusals[backend]:
+            raise unsupported({backend: refusals[backend]})
         return Choice(backend, refusals)
     for name in NAMES:
         if not refusals[name]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from foveate.pattern.algebra import Pattern
@@ -17,9 +18,12 @@ from foveate.pattern.summary import Summary
 _SUMMARY = "summary"
 
 
-def has_rule(pattern: Pattern | None) -> bool:
-    """Whether the pattern holds a function."""
-    return pattern is not None and any(not isinstance(thing, Tensor) for thing in pattern.spec()[1])
+def cannot_cross(pattern: Pattern | None, q: Tensor) -> list[str]:
+    """Why a pattern cannot enter an operator beside this q: a rule where there is no data to summarise."""
+    without_data = torch.compiler.is_compiling() or q.is_meta or isinstance(q, torch._subclasses.FakeTensor)
+    if pattern is None or not without_data or all(isinstance(thing, Tensor) for thing in pattern.spec()[1]):
+        return []
+    return ["rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"]
 
 
 def written(

@@ -124,11 +124,10 @@ def _readable(tokens: list[str], spans: list[list[int]], text: str) -> list[str]
     byte_level = any("Ġ" in token or "▁" in token for token in tokens)
     if not (byte_level and spans):
         return [token.replace("▁", " ") or token for token in tokens]
-    # Several tokens may share one character: all but the first show a dot.
-    starts = [first for first, _ in spans]
+    # A special token has an empty span. Several tokens may spell one character: all but the first show a dot.
     return [
-        token if first == end else "·" if number and starts[number - 1] == first else text[first:end]
-        for number, (token, (first, end)) in enumerate(zip(tokens, spans, strict=True))
+        token if span[0] == span[1] else "·" if span == before else text[span[0] : span[1]]
+        for token, before, span in zip(tokens, [None, *spans], spans, strict=False)
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.pattern.crossing import has_rule, tiles, written
+from foveate.pattern.crossing import cannot_cross, tiles, written
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.problem import Problem, Result
@@ -43,9 +43,7 @@ def refuses(problem: Problem) -> list[str]:
         reasons.append("takes no dropout yet")
     if problem.score is not None and sum(isinstance(term, Bias) for term in problem.score.biases) > 1:
         reasons.append("takes one bias tensor")
-    if has_rule(problem.pattern) and (torch.compiler.is_compiling() or q.is_meta):
-        reasons.append("rule(fn) cannot enter a compiled graph: compose named patterns")
-    return reasons
+    return reasons + cannot_cross(problem.pattern, q)
 
 
 def run(problem: Problem) -> Result:
