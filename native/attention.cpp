@@ -1,32 +1,81 @@
-// The choice of a kernel, and a call spread over threads.
+// The choice of a kernel, and a call cut into pieces of work.
 #include "attention.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "pool.hpp"
 
 namespace foveate {
 
-static bool runs_here(const Kernel& kernel) {
 #if defined(__x86_64__)
+// Whether there is a matrix unit, and the system lets this process use it: it has to be asked.
+static bool has_amx() {
+#if defined(__linux__)
+    static const bool found = [] {
+        unsigned a, b, c, d = 0;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        const unsigned bf16 = 1u << 22, tiles = 1u << 24;
+        constexpr int request = 0x1023, tile_data = 18;
+        return (d & bf16) && (d & tiles) && syscall(SYS_arch_prctl, request, tile_data) == 0;
+    }();
+    return found;
+#else
+    return false;
+#endif
+}
+#endif
+
+bool runs_here(const Kernel& kernel) {
+#if defined(__x86_64__)
+    if (&kernel == &kernel_amx) return has_amx() && runs_here(kernel_avx512bf16);
+    if (&kernel == &kernel_avx512bf16) return __builtin_cpu_supports("avx512bf16") && runs_here(kernel_avx512);
     if (&kernel == &kernel_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (&kernel == &kernel_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&kernel == &kernel_avx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
     return &kernel == &kernel_baseline;
 }
 
-const Kernel* choose(const char* name) {
+// On Intel's processors a product of pairs takes as long as four of float32: there only the matrix unit is worth it.
+static bool pays_here(const Kernel& kernel) {
 #if defined(__x86_64__)
-    const Kernel* known[] = {&kernel_avx512, &kernel_avx2, &kernel_baseline};
-#else
-    const Kernel* known[] = {&kernel_baseline};
+    if (&kernel == &kernel_avx512bf16) return !__builtin_cpu_is("intel");
 #endif
-    for (const Kernel* kernel : known)
-        if ((!*name || !std::strcmp(name, kernel->name)) && runs_here(*kernel)) return kernel;
+    (void)kernel;
+    return true;
+}
+
+int64_t known_kernels(const Kernel* const** all) {
+#if defined(__x86_64__)
+    static const Kernel* const known[] = {&kernel_amx, &kernel_avx512bf16, &kernel_avx512, &kernel_avx2,
+                                          &kernel_baseline};
+#else
+    static const Kernel* const known[] = {&kernel_baseline};
+#endif
+    *all = known;
+    return sizeof known / sizeof *known;
+}
+
+const Kernel* choose(const char* name) {
+    const Kernel* const* known;
+    const int64_t count = known_kernels(&known);
+    for (int64_t n = 0; n < count; ++n)
+        if ((*name || pays_here(*known[n])) && (!*name || !std::strcmp(name, known[n]->name)) && runs_here(*known[n])) return known[n];
     return nullptr;
 }
 
@@ -41,32 +90,146 @@ char* scratch_of(int64_t bytes) {
     thread_local int64_t size = 0;
     if (size < bytes) {
         size = (bytes + 4095) / 4096 * 4096;
-        memory.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(size))));
+        memory.reset(static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size))));
     }
     return memory.get();
 }
 
-struct Work {
-    const Call& call;
-    const Kernel& kernel;
-    int64_t tile_rows, bytes;
+template <typename Body>
+void spread(int threads, int64_t count, const Body& body) {
+    spread_over(threads, count, [](void* context, int64_t n) { (*static_cast<const Body*>(context))(n); },
+                const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Waking a thread costs some microseconds: not worth it below about a tenth of a millisecond of work.
+int threads_for(double products, int threads) { return products < 2e6 ? 1 : threads; }
+
+// How many of the pairs are visible, about.
+double share(const Call& call) {
+    if (call.offsets) {
+        const int64_t rows = call.tile_batch * call.tile_heads * tiles_of(call.queries);
+        const int64_t listed = call.offsets[call.tile_batch * call.tile_heads * (tiles_of(call.queries) + 1) - 1];
+        return double(listed) / double(std::max<int64_t>(1, rows * tiles_of(call.keys)));
+    }
+    if (call.left < 0) return call.right < 0 ? 1 : 0.5;
+    return std::min(1.0, double(call.left + std::max<int64_t>(call.right, 0) + tile) / double(std::max<int64_t>(1, call.keys)));
+}
+
+double products_of(const Call& call) {
+    return double(call.batch * call.heads) * double(call.queries) * double(call.keys) * double(call.dim + call.value_dim) *
+           share(call);
+}
+
+// The rows of a head in bands, the last first: under a causal pattern they are the longest.
+struct Bands {
+    int64_t tiles, height, count;
+
+    Bands(const Call& call, int64_t height) : tiles(tiles_of(call.queries)), height(height) {
+        count = (tiles + height - 1) / height;
+    }
+    Band at(int64_t batch, int64_t head, int64_t n) const {
+        const int64_t end = tiles - n * height, first = std::max<int64_t>(0, end - height);
+        return {batch, head, first, end - first};
+    }
 };
 
-void one_tile(void* context, int64_t index) {
-    const Work& work = *static_cast<Work*>(context);
-    // The last rows first: under a causal pattern they are the longest.
-    const int64_t row = work.tile_rows - 1 - index % work.tile_rows, at = index / work.tile_rows;
-    work.kernel.forward(work.call, at / work.call.heads, at % work.call.heads, row, scratch_of(work.bytes));
+constexpr int64_t most_tiles = 4;  // of a band
+
+void decode_all(const Call& call, const Kernel& kernel, int threads) {
+    const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;
+    const int64_t columns = tiles_of(call.keys);
+    // Stretches of 512 keys and more, about 64 pieces in all; their number depends on the call alone, and so do the sums.
+    const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, groups));
+    const int64_t stretch = std::max<int64_t>(8, (columns + wanted - 1) / wanted), count = (columns + stretch - 1) / stretch;
+    const int64_t floats = kernel.part_floats(call) * rows;
+    std::unique_ptr<float[]> parts(new float[static_cast<size_t>(groups * count * floats)]);
+    const int64_t bytes = kernel.decode_bytes(call);
+    spread(threads_for(products_of(call), threads), groups * count, [&](int64_t n) {
+        const int64_t at = n / count, first = n % count * stretch;
+        kernel.decode(call, at / call.key_heads, at % call.key_heads, first, std::min(first + stretch, columns),
+                      parts.get() + n * floats, scratch_of(bytes));
+    });
+    for (int64_t at = 0; at < groups; ++at)
+        kernel.merge(call, at / call.key_heads, at % call.key_heads, parts.get() + at * count * floats, count, floats,
+                     scratch_of(bytes));
+}
+
+// Whether rows are so few that keys are better put in the lanes.
+bool is_decoding(const Call& call) {
+    const int64_t rows = call.heads / call.key_heads * call.queries;
+    return !call.threshold && call.queries <= 16 && rows <= 64 && (rows <= 4 || call.keys >= 256);
 }
 
 }  // namespace
 
 void forward(const Call& call, const Kernel& kernel, int threads) {
-    const int64_t tile_rows = (call.queries + tile - 1) / tile, count = call.batch * call.heads * tile_rows;
-    Work work{call, kernel, tile_rows, scratch_bytes(call)};
-    // Waking a thread costs some microseconds: not worth it below about a tenth of a millisecond of work.
-    const double products = double(count) * tile * double(call.keys) * double(call.dim + call.value_dim);
-    spread_over(products < 2e6 ? 1 : threads, count, one_tile, &work);
+    if (is_decoding(call)) return decode_all(call, kernel, threads);
+    // Keys and values of half precision are prepared once for a band; tall ones, as long as all threads have several.
+    const int64_t rows = tiles_of(call.queries) * call.batch * call.heads;
+    const bool prepares = call.dtype != Dtype::float32;
+    const Bands bands(call, prepares ? std::clamp<int64_t>(rows / (4 * threads), 1, most_tiles) : 1);
+    const int64_t bytes = kernel.forward_bytes(call, bands.height);
+    spread(threads_for(products_of(call), threads), call.batch * call.heads * bands.count, [&](int64_t n) {
+        const int64_t at = n / bands.count;
+        kernel.forward(call, bands.at(at / call.heads, at % call.heads, n % bands.count), scratch_of(bytes));
+    });
+}
+
+void backward(const Gradients& given, const Kernel& kernel, int threads) {
+    Gradients gradients = given;
+    const Call& call = gradients.call;
+    threads = threads_for(3 * products_of(call), threads);
+    const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
+    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / (call.dim + call.value_dim))));
+    const int64_t turns = group * bands.count;
+    std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
+    gradients.passed = passed.data();
+    const int64_t bytes = kernel.backward_bytes(call, bands.height);
+    // Turn by turn through all heads: two bands of one head, of which one may have to wait, seldom run together.
+    spread(threads, groups * turns, [&](int64_t n) {
+        const int64_t turn = n / groups, at = n % groups, key_head = at % call.key_heads;
+        const Band band = bands.at(at / call.key_heads, key_head * group + turn / bands.count, turn % bands.count);
+        kernel.backward(gradients, band, turn, turns, scratch_of(bytes));
+    });
+    const int64_t score_bytes = kernel.score_gradient_bytes(call);
+    if (gradients.d_bias) {
+        const int64_t* sizes = gradients.bias_sizes;
+        spread(threads, sizes[0] * sizes[1] * tiles_of(sizes[2]) * tiles_of(sizes[3]),
+               [&](int64_t n) { kernel.bias_gradient(gradients, n, scratch_of(score_bytes)); });
+    }
+    if (gradients.d_distances) {
+        const int64_t columns = tiles_of(call.keys), diagonals = tiles_of(call.queries) + columns - 1;
+        const int64_t owners = gradients.distance_batches * call.heads, length = call.queries + call.keys - 1 + tile;
+        std::vector<double> sums(static_cast<size_t>(owners * diagonals * 2 * tile));
+        spread(threads, owners * diagonals, [&](int64_t n) {
+            kernel.distance_gradient(gradients, n, sums.data() + n * 2 * tile, scratch_of(score_bytes));
+        });
+        for (int64_t n = 0; n < owners * diagonals; ++n) {
+            // Entry 0 of the sums is the distance 64 · diagonal − 64, at keys − 1 + that in the vector.
+            const int64_t first = call.keys - 1 + (n % diagonals - (columns - 1)) * tile - tile;
+            for (int64_t entry = 0; entry < 2 * tile; ++entry)
+                if (first + entry >= 0 && first + entry < length)
+                    gradients.d_distances[n / diagonals * length + first + entry] += sums[static_cast<size_t>(n * 2 * tile + entry)];
+        }
+    }
+}
+
+void looked(const Looked& given, const Kernel& kernel, int threads) {
+    Looked looked = given;
+    const Call& call = looked.call;
+    threads = threads_for(products_of(call), threads);
+    const int64_t bytes = kernel.looked_bytes(looked), heads = call.batch * call.heads;
+    const Bands single(call, 1), bands(call, most_tiles);
+    spread(threads, heads * single.count, [&](int64_t n) {
+        const int64_t at = n / single.count;
+        kernel.rows_looked(looked, single.at(at / call.heads, at % call.heads, n % single.count), scratch_of(bytes));
+    });
+    std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(heads * bands.count));
+    looked.passed = passed.data();
+    spread(threads, heads * bands.count, [&](int64_t n) {
+        const int64_t turn = n / heads, at = n % heads;
+        kernel.keys_received(looked, bands.at(at / call.heads, at % call.heads, turn), turn, bands.count, scratch_of(bytes));
+    });
 }
 
 }  // namespace foveate

@@ -1,6 +1,7 @@
-// What a kernel is asked: pointers, sizes and strides, and which tiles of the score matrix to look at.
+// What a kernel is asked: pointers, sizes and strides, who sees whom, and what changes the scores.
 // Nothing here knows Python or torch.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace foveate {
@@ -22,6 +23,11 @@ struct Call {
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     float scale;
 
+    // Where keys and values lie in pages: k and v are [pages, heads, page_size, dim], `batch` being the stride of pages,
+    // and key n of batch row b is in page pages[b · page_row + n / page_size]. Null: one stretch for each batch row.
+    const int64_t* pages;
+    int64_t page_row, page_size;
+
     // What changes the scores, in this order; each null or 0 where there is none.
     float softcap;           // cap · tanh(score / cap)
     const float* distances;  // added: entry keys − 1 + row − key of [batch, heads, queries + keys − 1 + tile]
@@ -30,7 +36,15 @@ struct Call {
     int64_t bias_strides[4];
     const float* sinks;  // [heads]: one more logit in the sum
 
-    // The tiles in rows, as a summary has them; null: every tile, whole.
+    // Dropout: a weight is kept if its Philox word is at least `threshold`, and then multiplied by `boost`.
+    uint64_t seed, threshold;  // threshold 0: nothing is dropped
+    float boost;
+
+    // Who sees whom. A row has the position row + starts[b] (null: row + start). Without a summary it sees the keys from
+    // position − left to position + right (−1: no limit) that lie before lengths[b] (null: before `keys`).
+    const int64_t *starts, *lengths;
+    int64_t start, left, right;
+    // With a summary: its tiles in rows.
     const int64_t* offsets;  // [tile batch, tile heads, tile rows + 1]
     const int64_t* columns;
     const int64_t* partial;  // −1: whole, else the place in bits
@@ -38,23 +52,67 @@ struct Call {
     int64_t tile_batch, tile_heads;
 };
 
-// One tile of query rows of one head; `scratch` has `scratch_bytes` bytes, aligned to 64.
-struct Kernel {
-    const char* name;
-    void (*forward)(const Call&, int64_t batch, int64_t head, int64_t tile_row, char* scratch);
+// The backward pass: `call` as in the forward pass, with its results; gradients are float32 and contiguous.
+struct Gradients {
+    Call call;
+    View d_out;
+    const float* d_lse;             // [batch, heads, queries], or null
+    float *dq, *dk, *dv;            // added to what is there (zeros)
+    float* d_bias;                  // contiguous, sizes as bias_sizes; null: not wanted
+    int64_t bias_sizes[4];          // 1 where one entry stands for all
+    double* d_distances;            // as distances; null: not wanted
+    int64_t distance_batches;       // 1 or batch
+    std::atomic<int64_t>* passed;   // [batch, key heads, turns]: the key tiles before this one are done
 };
 
-inline int64_t scratch_bytes(const Call& call) {
-    // The queries, transposed; scores; a tile of keys and values as float32; two running states of the rows.
-    return 4 * tile * (2 * call.dim + 3 * call.value_dim + tile + 5);
-}
+// What was looked at.
+struct Looked {
+    Call call;  // `out` and v are not used
+    int64_t top;
+    int64_t* indices;  // [batch, heads, queries, top]: the heaviest keys, heaviest first; −1 where there is none
+    float* weights;    // likewise
+    float *rest, *entropy;  // [batch, heads, queries]
+    float* received;        // [batch, heads, keys], zeros before
+    std::atomic<int64_t>* passed;
+};
 
-extern const Kernel kernel_avx512, kernel_avx2, kernel_baseline;
+// Rows of tiles that one piece of work takes: what it prepares of a tile of keys serves all of them.
+struct Band {
+    int64_t batch, head, first, count;  // in tile rows
+};
+
+// The functions of one instruction set; `scratch` is aligned to 64 and as large as the function before says.
+struct Kernel {
+    const char* name;
+    int64_t (*forward_bytes)(const Call&, int64_t tile_rows);
+    void (*forward)(const Call&, const Band&, char* scratch);
+    int64_t (*backward_bytes)(const Call&, int64_t tile_rows);
+    void (*backward)(const Gradients&, const Band&, int64_t turn, int64_t turns, char* scratch);
+    int64_t (*score_gradient_bytes)(const Call&);
+    void (*bias_gradient)(const Gradients&, int64_t owner, char* scratch);
+    void (*distance_gradient)(const Gradients&, int64_t owner, double* sums, char* scratch);
+    int64_t (*decode_bytes)(const Call&);
+    int64_t (*part_floats)(const Call&);  // of one row
+    void (*decode)(const Call&, int64_t batch, int64_t key_head, int64_t first, int64_t end, float* part, char* scratch);
+    void (*merge)(const Call&, int64_t batch, int64_t key_head, const float* parts, int64_t count, int64_t step, char* scratch);
+    int64_t (*looked_bytes)(const Looked&);
+    void (*rows_looked)(const Looked&, const Band&, char* scratch);
+    void (*keys_received)(const Looked&, const Band&, int64_t turn, int64_t turns, char* scratch);
+};
+
+inline int64_t start_of(const Call& call, int64_t batch) { return call.starts ? call.starts[batch] : call.start; }
+inline int64_t tiles_of(int64_t length) { return (length + tile - 1) / tile; }
+
+extern const Kernel kernel_amx, kernel_avx512bf16, kernel_avx512, kernel_avx2, kernel_baseline;
 
 // The best kernel of this machine, or the named one; null if the machine has no such instructions.
 const Kernel* choose(const char* name);
+int64_t known_kernels(const Kernel* const** all);  // best first, with those that this machine cannot run
+bool runs_here(const Kernel& kernel);
 
-// All tiles of query rows of a call, on `threads` threads.
+// The whole of a call, on `threads` threads.
 void forward(const Call& call, const Kernel& kernel, int threads);
+void backward(const Gradients& gradients, const Kernel& kernel, int threads);
+void looked(const Looked& looked, const Kernel& kernel, int threads);
 
 }  // namespace foveate

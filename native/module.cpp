@@ -22,12 +22,18 @@ static foveate::View view(const Matrix& matrix) {
     return {address<void>(matrix[0]), matrix[1], matrix[2], matrix[3]};
 }
 
-static void forward(int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
-                    const std::array<int64_t, 7>& sizes, float scale, float softcap,
-                    const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
-                    const std::array<int64_t, 6>& tiles, const std::string& kernel, int threads) {
-    const foveate::Kernel* chosen = foveate::choose(kernel.c_str());
+static const foveate::Kernel& kernel_of(const std::string& name) {
+    const foveate::Kernel* chosen = foveate::choose(name.c_str());
     if (!chosen) throw nb::value_error("no such kernel on this machine");
+    return *chosen;
+}
+
+// What forward, backward and looked have in common; the fields are those of foveate::Call.
+static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
+                             const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages,
+                             float softcap, const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias,
+                             int64_t sinks, int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
+                             const std::array<int64_t, 6>& tiles) {
     foveate::Call call{};
     call.dtype = static_cast<foveate::Dtype>(dtype);
     call.q = view(q), call.k = view(k), call.v = view(v), call.out = view(out);
@@ -35,23 +41,73 @@ static void forward(int dtype, const Matrix& q, const Matrix& k, const Matrix& v
     call.batch = sizes[0], call.heads = sizes[1], call.key_heads = sizes[2];
     call.queries = sizes[3], call.keys = sizes[4], call.dim = sizes[5], call.value_dim = sizes[6];
     call.scale = scale;
+    call.pages = address<const int64_t>(pages[0]), call.page_row = pages[1], call.page_size = pages[2];
     call.softcap = softcap;
     call.distances = address<const float>(distances[0]);
     call.distance_batch = distances[1], call.distance_head = distances[2];
     call.bias = address<const float>(bias[0]);
     for (int n = 0; n < 4; ++n) call.bias_strides[n] = bias[n + 1];
     call.sinks = address<const float>(sinks);
+    call.seed = static_cast<uint64_t>(seed);
+    call.threshold = static_cast<uint64_t>(dropout * 4294967296.0 + 0.5);
+    call.boost = static_cast<float>(1 / (1 - dropout));
+    call.starts = address<const int64_t>(reach[0]), call.start = reach[1];
+    call.lengths = address<const int64_t>(reach[2]), call.left = reach[3], call.right = reach[4];
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);
     call.partial = address<const int64_t>(tiles[2]), call.bits = address<const uint64_t>(tiles[3]);
     call.tile_batch = tiles[4], call.tile_heads = tiles[5];
-    nb::gil_scoped_release release;
-    foveate::forward(call, *chosen, threads);
+    return call;
+}
+
+template <typename... More>
+static auto bound(void (*function)(const foveate::Call&, const foveate::Kernel&, int, More...)) {
+    return [function](int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
+                      const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages, float softcap,
+                      const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
+                      int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
+                      const std::array<int64_t, 6>& tiles, const std::string& kernel, int threads, More... more) {
+        const foveate::Kernel& chosen = kernel_of(kernel);
+        const foveate::Call call = call_of(dtype, q, k, v, out, lse, sizes, scale, pages, softcap, distances, bias, sinks,
+                                           seed, dropout, reach, tiles);
+        nb::gil_scoped_release release;
+        function(call, chosen, threads, more...);
+    };
+}
+
+static void forward(const foveate::Call& call, const foveate::Kernel& kernel, int threads) {
+    foveate::forward(call, kernel, threads);
+}
+
+static void backward(const foveate::Call& call, const foveate::Kernel& kernel, int threads, const Matrix& d_out,
+                     int64_t d_lse, const std::array<int64_t, 3>& d_inputs, const std::array<int64_t, 5>& d_bias,
+                     const std::array<int64_t, 2>& d_distances) {
+    foveate::Gradients gradients{};
+    gradients.call = call;
+    gradients.d_out = view(d_out), gradients.d_lse = address<const float>(d_lse);
+    gradients.dq = address<float>(d_inputs[0]), gradients.dk = address<float>(d_inputs[1]);
+    gradients.dv = address<float>(d_inputs[2]);
+    gradients.d_bias = address<float>(d_bias[0]);
+    for (int n = 0; n < 4; ++n) gradients.bias_sizes[n] = d_bias[n + 1];
+    gradients.d_distances = address<double>(d_distances[0]), gradients.distance_batches = d_distances[1];
+    foveate::backward(gradients, kernel, threads);
+}
+
+static void looked(const foveate::Call& call, const foveate::Kernel& kernel, int threads, int64_t top, int64_t indices,
+                   int64_t weights, const std::array<int64_t, 3>& sums) {
+    foveate::Looked looked{};
+    looked.call = call, looked.top = top;
+    looked.indices = address<int64_t>(indices), looked.weights = address<float>(weights);
+    looked.rest = address<float>(sums[0]), looked.entropy = address<float>(sums[1]);
+    looked.received = address<float>(sums[2]);
+    foveate::looked(looked, kernel, threads);
 }
 
 static std::vector<std::string> kernels() {
     std::vector<std::string> found;
-    for (const char* name : {"avx512", "avx2", "baseline"})
-        if (foveate::choose(name)) found.emplace_back(name);
+    const foveate::Kernel* const* known;
+    const int64_t count = foveate::known_kernels(&known);
+    for (int64_t n = 0; n < count; ++n)
+        if (foveate::runs_here(*known[n])) found.emplace_back(known[n]->name);
     return found;
 }
 
@@ -59,7 +115,7 @@ NB_MODULE(_native, module) {
     module.doc() = "Attention kernels for CPUs.";
     module.attr("tile") = int(foveate::tile);
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
-    module.def("forward", &forward, nb::arg("dtype"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"),
-               nb::arg("lse"), nb::arg("sizes"), nb::arg("scale"), nb::arg("softcap"), nb::arg("distances"), nb::arg("bias"), nb::arg("sinks"), nb::arg("tiles"),
-               nb::arg("kernel"), nb::arg("threads"));
+    module.def("forward", bound(&forward));
+    module.def("backward", bound(&backward));
+    module.def("looked", bound(&looked));
 }

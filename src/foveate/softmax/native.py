@@ -1,18 +1,23 @@
-"""Foveate's own CPU kernels: exact forward attention whose cost follows the tiles that are not empty.
+"""Foveate's own CPU kernels: exact attention whose cost follows the tiles that are not empty, forward and backward.
 
 No compiler is needed at run time. Keys hidden from a row never matter, and q, k, v are read where they are: grouped
 heads without a repeated k or v, any strides with a unit last one. `native/` holds the C++.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from foveate.errors import unsupported
 from foveate.pattern.crossing import cannot_cross, tiles, written
+from foveate.pattern.reach import reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
-from foveate.problem import Problem, Result
+from foveate.problem import Problem, Result, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
 
@@ -23,6 +28,7 @@ except ImportError:
 
 _TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_LIMIT = -1
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -35,97 +41,322 @@ def refuses(problem: Problem) -> list[str]:
         reasons.append(f"q is on {q.device.type} (takes cpu)")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype is {str(q.dtype).removeprefix('torch.')} (takes float32, bfloat16, float16)")
-    if problem.needs_gradient:
-        reasons.append("a gradient is needed, and it has no backward pass yet")
     if problem.is_transformed:
         reasons.append('it has no vmap and no forward derivative: backend="reference" has')
-    if problem.dropout:
-        reasons.append("takes no dropout yet")
     if problem.score is not None and sum(isinstance(term, Bias) for term in problem.score.biases) > 1:
         reasons.append("takes one bias tensor")
+    if reach(problem.pattern) is not None:
+        return reasons
     return reasons + cannot_cross(problem.pattern, q)
 
 
 def run(problem: Problem) -> Result:
     """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
-    return Result(*_run(problem, kernel="", threads=0))
+    return Result(*_run(problem))
 
 
-def _run(problem: Problem, kernel: str, threads: int) -> tuple[Tensor, Tensor]:
+class _Arguments(NamedTuple):
+    """What crosses into the operators beside q, k and v.
+
+    Without a `pattern` string a query sees the keys from `left` before to `right` behind it (−1: no limit), of batch
+    row b the first lengths[b]. `starts`, if it is there, goes before `start`.
+    """
+
+    held: Sequence[Tensor]
+    tensors: Sequence[Tensor]
+    starts: Tensor | None
+    lengths: Tensor | None
+    start: int
+    left: int
+    right: int
+    pattern: str
+    score: str
+    scale: float
+    dropout: float
+    seed: int
+    kernel: str
+    threads: int
+
+
+def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
-    pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
-    score, tensors = problem.score.spec() if problem.score is not None else ("", [])
-    varies = isinstance(problem.query_start, Tensor)
-    out: tuple[Tensor, Tensor] = _forward_op(
-        problem.q, problem.k, problem.v, held, tensors,
-        problem.query_start if varies else None, 0 if varies else problem.query_start,
-        pattern, score, problem.scale, kernel, threads,
-    )  # fmt: skip
+    arguments = _arguments(problem, kernel, threads)
+    if _is_plain(problem):  # nothing has to see an operator: an eighth of the overhead
+        return _forward(problem.q, problem.k, problem.v, arguments)
+    out: tuple[Tensor, Tensor] = _forward_op(problem.q, problem.k, problem.v, *arguments)
     return out
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether no graph, derivative or mode of torch is at work that would have to know of an operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(problem.q) is type(problem.k) is type(problem.v) is Tensor
+        and not problem.q.is_meta
+        and not problem.needs_gradient
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
+    score, tensors = problem.score.spec() if problem.score is not None else ("", [])
+    starts = problem.query_start if isinstance(problem.query_start, Tensor) else None
+    start = 0 if isinstance(problem.query_start, Tensor) else problem.query_start
+    simple = reach(problem.pattern)
+    if simple is not None:
+        pattern, held, lengths = "", [], simple.lengths
+        left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
+    else:
+        pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
+        lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
+    return _Arguments(
+        held, tensors, starts, lengths, start, left, right, pattern, score, problem.scale, problem.dropout,
+        problem.seed or 0, kernel, threads,
+    )  # fmt: skip
+
+
+class _Call:
+    """One call of a kernel: the addresses that it reads, and the tensors behind them, which have to live so long."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> None:
+        batch, heads, queries, dim = q.shape
+        keys = k.shape[2] if pages is None else pages.capacity
+        self.alive = [_readable(x) for x in (q, k, v)]
+        self.sizes = (batch, heads, k.shape[1], queries, keys, dim, v.shape[3])
+        self.dtype = _DTYPES[q.dtype]
+        self.given = given
+        self.position = given.start if given.starts is None else given.starts
+        self.score = parse_score(given.score, [x.detach() for x in given.tensors]) if given.score else None
+        self.distances = self._distances()
+        bias = next((x for x in self.score.biases if isinstance(x, Bias)), None) if self.score else None
+        self.bias = None if bias is None else bias.full().float()
+        sinks = None if self.score is None or self.score.sinks is None else self.score.sinks.logits
+        self.pages = (0, 0, 0) if pages is None else (self._hold(pages.table), pages.table.shape[1], pages.size)
+        self.sinks = 0 if sinks is None else self._hold(sinks.float())
+
+    def _hold(self, x: Tensor) -> int:
+        """The address of a contiguous tensor, which lives as long as this does."""
+        self.alive.append(x.contiguous())
+        return self.alive[-1].data_ptr()
+
+    def arguments(self, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+        """What `_native.forward` and its kin take first."""
+        q, k, v = self.alive[:3]
+        given, bias, distances = self.given, self.bias, self.distances
+        batch, heads, _, queries, keys = self.sizes[:5]
+        tiles_at = (0, 0, 0, 0, 1, 1)
+        if given.pattern:
+            summary = tiles(given.pattern, given.held, batch, heads, queries, keys, self.position, _TILE)
+            assert summary is not None
+            parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
+            tiles_at = (*map(self._hold, parts), summary.batch, summary.heads)  # type: ignore[assignment]
+        reach_at = (
+            0 if given.starts is None else self._hold(given.starts.long().expand(batch)), given.start,
+            0 if given.lengths is None else self._hold(given.lengths.long()), given.left, given.right,
+        )  # fmt: skip
+        return (
+            self.dtype, _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(), self.sizes, given.scale,
+            self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
+            (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
+            (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
+            self.sinks, given.seed, given.dropout, reach_at, tiles_at, given.kernel,
+            given.threads or torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _distances(self) -> Tensor | None:
+        """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
+
+        Entry keys − 1 + row − key is the bias of that row and key, so that rows in the lanes read neighbours.
+        """
+        terms = [term for term in self.score.biases if not isinstance(term, Bias)] if self.score else []
+        if not terms:
+            return None
+        at = self.along_distances()
+        total = torch.zeros(1, self.sizes[1], at.query.shape[2], 1)
+        for term in terms:
+            total = term.apply(total, at)
+        return total.squeeze(3).contiguous()
+
+    def along_distances(self) -> Pairs:
+        """The pairs of those entries: key 0, and rows from keys − 1 before the first one on."""
+        batch, heads, _, queries, keys = self.sizes[:5]
+        first = starts_of(self.position, batch, queries, keys, torch.device("cpu")).view(-1, 1, 1, 1)
+        back = first + torch.arange(1 - keys, queries + _TILE).view(1, 1, -1, 1)
+        return Pairs(
+            batch=torch.arange(batch).view(-1, 1, 1, 1), head=torch.arange(heads).view(1, -1, 1, 1), row=back,
+            query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64), keys=keys,
+        )  # fmt: skip
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> tuple[Tensor, Tensor]:
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() or lse.numel():
+        call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
+        _native.forward(*call.arguments(out, lse))
+    return out, lse
+
+
+def _backward(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, given: _Arguments,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, v and of those tensors of the score that are wanted (the others are zeros)."""
+    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    # One entry of a slope or a table collects from a whole matrix.
+    d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
+    if q.numel() and k.numel() and out.numel():
+        call = _Call(q, k, v, given)
+        d_out, out = _readable(d_out), _readable(out)
+        terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
+        bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
+        d_bias = None if call.bias is None or bias is None else torch.zeros(call.bias.shape)
+        by_distance = [
+            term for term in terms if terms[term][1] and not isinstance(term, Bias) and hasattr(term, "collect")
+        ]
+        d_distances = torch.zeros(call.distances.shape, dtype=torch.float64) if by_distance else None
+        d_lse = d_lse.float().contiguous()
+        _native.backward(
+            *call.arguments(out, lse.contiguous()), _matrix(d_out), d_lse.data_ptr(),
+            (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+            (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
+            (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
+        )  # fmt: skip
+        if bias is not None and d_bias is not None:
+            terms[bias][0].copy_(d_bias.view(terms[bias][0].shape))
+        for term in by_distance:
+            term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
+        if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
+            taken = (d_out.double() * out.double()).sum(-1) - d_lse
+            share = (call.score.sinks.logits.double()[:, None] - lse.double()).exp()
+            share = share.masked_fill(lse == -torch.inf, 0)
+            terms[call.score.sinks][0].sub_((share * taken).sum((0, 2)))
+    pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, given.tensors, strict=True)]
+    return [gradient.to(x.dtype) for gradient, x in pairs]
+
+
+def _holders(score: Score | None) -> list[Any]:
+    """The terms of a score that hold a tensor, in the order of `Score.spec`."""
+    if score is None:
+        return []
+    return [*score.biases, *([score.sinks] if score.sinks else [])]
 
 
 @torch.library.custom_op("foveate::native_forward", mutates_args=(), device_types="cpu")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, kernel: str, threads: int,
+    lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
+    seed: int, kernel: str, threads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, heads, queries, dim = q.shape
-    keys, value_dim = k.shape[2], v.shape[3]
-    out = torch.empty(batch, heads, queries, value_dim, dtype=q.dtype)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
-    if not out.numel() and not lse.numel():
-        return out, lse
-    position = start if starts is None else starts
-    # Whatever is made here has to live until the call returns: the kernel gets addresses.
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    terms = parse_score(score, [x.detach() for x in tensors]) if score else Score()
-    distances = _distances(terms, position, batch, heads, queries, keys)
-    bias = next((term.full().float() for term in terms.biases if isinstance(term, Bias)), None)
-    logits = None if terms.sinks is None else terms.sinks.logits.float().contiguous()
-    listed, alive = (0, 0, 0, 0, 1, 1), []
-    summary = tiles(pattern, held, batch, heads, queries, keys, position, _TILE)
-    if summary is not None:
-        parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
-        alive = [part.contiguous() for part in parts]
-        listed = (*(x.data_ptr() for x in alive), summary.batch, summary.heads)  # type: ignore[assignment]
-    _native.forward(
-        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(),
-        (batch, heads, k.shape[1], queries, keys, dim, value_dim), scale,
-        0.0 if terms.softcap is None else terms.softcap.cap,
-        (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
-        (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
-        0 if logits is None else logits.data_ptr(),
-        listed, kernel, threads or torch.get_num_threads(),
-    )  # fmt: skip
-    return out, lse
+    return _forward(q, k, v, _Arguments(
+        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+    ))  # fmt: skip
 
 
 @_forward_op.register_fake
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, kernel: str, threads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _distances(score: Score, start: int | Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
-    """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
+@torch.library.custom_op("foveate::native_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool],
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
+    lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
+    seed: int, kernel: str, threads: int,
+) -> list[Tensor]:  # fmt: skip
+    return _backward(d_out, d_lse, out, lse, q, k, v, _Arguments(
+        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+    ), wanted)  # fmt: skip
 
-    Entry keys − 1 + row − key is the bias of that row and key, so that rows in the lanes read neighbours.
+
+@_backward_op.register_fake
+def _backward_fake(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool], q: Tensor, k: Tensor, v: Tensor,
+    held: Sequence[Tensor], tensors: Sequence[Tensor], *given: Any,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, held, tensors, starts, lengths, *rest = inputs
+    ctx.counts = len(held), len(tensors), starts is not None, lengths is not None
+    ctx.rest = rest
+    ctx.wanted = [x.requires_grad for x in tensors]
+    extra = [x for x in (starts, lengths) if x is not None]
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *extra)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+    held, tensors, has_starts, has_lengths = ctx.counts
+    out, lse, q, k, v, *more = ctx.saved_tensors
+    extra = more[held + tensors :]
+    starts = extra.pop(0) if has_starts else None
+    lengths = extra.pop(0) if has_lengths else None
+    with without_autocast(q.device):
+        dq, dk, dv, *d_tensors = _backward_op(
+            d_out, d_lse, out, lse, ctx.wanted, q, k, v, more[:held], more[held : held + tensors], starts, lengths,
+            *ctx.rest,
+        )  # fmt: skip
+    return dq, dk, dv, [None] * held, d_tensors, *[None] * (2 + len(ctx.rest))
+
+
+def _no_second_derivative(ctx: Any, *gradients: object) -> None:
+    raise unsupported({"native": ['has no second derivative: use backend="reference", which has']})
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_remember)
+_backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class Pages(NamedTuple):
+    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] holds keys i · size … of batch row b."""
+
+    key_pages: Tensor
+    value_pages: Tensor
+    table: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many keys a page holds."""
+        return self.key_pages.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """How many keys a batch row can have."""
+        return self.table.shape[1] * self.size
+
+
+def run_paged(problem: Problem, pages: Pages) -> Result:
+    """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
+    return Result(*_forward(problem.q, pages.key_pages, pages.value_pages, _arguments(problem, "", 0), pages))
+
+
+def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tuple[Tensor, ...]:
+    """What each row looked at, in O(N · top) memory: (indices, weights, rest, received, lse, entropy).
+
+    indices and weights `[B, H, Nq, top]`, heaviest first, index −1 where fewer keys were visible; rest, lse and entropy
+    `[B, H, Nq]`; received `[B, H, Nk]`.
     """
-    terms = [term for term in score.biases if not isinstance(term, Bias)]
-    if not terms:
-        return None
-    first = starts_of(start, batch, queries, keys, torch.device("cpu")).view(-1, 1, 1, 1)
-    back = first + torch.arange(1 - keys, queries + _TILE).view(1, 1, -1, 1)
-    at = Pairs(
-        batch=torch.arange(batch).view(-1, 1, 1, 1), head=torch.arange(heads).view(1, -1, 1, 1), row=back, query=back,
-        key=torch.zeros(1, 1, 1, 1, dtype=torch.int64), keys=keys,
-    )  # fmt: skip
-    total = torch.zeros(1, heads, back.shape[2], 1)
-    for term in terms:
-        total = term.apply(total, at)
-    return total.squeeze(3).contiguous()
+    batch, heads, queries, keys = problem.shape
+    indices = torch.empty(batch, heads, queries, top, dtype=torch.int64)
+    weights = torch.empty(batch, heads, queries, top)
+    rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
+    received = torch.zeros(batch, heads, keys)
+    if indices.numel():
+        call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
+        out = problem.q  # nothing is written there
+        _native.looked(
+            *call.arguments(out, lse), top, indices.data_ptr(), weights.data_ptr(),
+            (rest.data_ptr(), entropy.data_ptr(), received.data_ptr()),
+        )  # fmt: skip
+    return indices, weights, rest, received, lse, entropy
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x with a unit last stride and an aligned address, copied only if it has to be."""
+    aligned = x.data_ptr() % x.element_size() == 0
+    return x if aligned and (x.stride(3) == 1 or x.shape[3] == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _steps(x: Tensor, count: int) -> list[int]:

@@ -1,0 +1,210 @@
+// The backward pass of a band, from the saved log-sum-exp, in one pass over its tiles:
+//
+//     Pᵀ = 2^(scores − lse)      dPᵀ = V·dOᵀ      dSᵀ = Pᵀ ∘ (dPᵀ − δ),   δ = Σ dO ∘ O − d lse, for each row
+//     dV += Pᵀ·dO                dK += dSᵀ·Q      dQᵀ += Kᵀ·dSᵀ
+//
+// Query rows lie in the lanes as in the forward pass; dV and dK have their own dimension there. A band holds the
+// gradient of its queries until the end. That of a tile of keys is summed over the band's rows and then added to what
+// other bands have added: always in the order of their turns, so that results are equal to the bit on any number of
+// threads. A thread waits only for bands that are being computed, and only if they are at an earlier tile of keys.
+
+// Waits until every band before `turn` has passed the column; `done`: how many are known to have ended.
+static void wait_for(const std::atomic<int64_t>* passed, int64_t turn, int64_t column, int64_t& done) {
+    while (done < turn && passed[done].load(std::memory_order_acquire) == INT64_MAX) ++done;
+    for (int64_t before = done; before < turn; ++before)
+        for (int spins = 0; passed[before].load(std::memory_order_acquire) <= column; ++spins) {
+            if (spins > 200) sched_yield();
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+}
+
+// NaN and infinity become 0: where a weight of 0 hides a row, its content must not matter.
+static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch) {
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t d = 0; d < dim; d += lanes) {
+            const Floats x = load_some(rows.data + n * rows.stride + d, dim - d);
+            store(scratch + n * padded(dim) + d, x - x == Floats{} ? x : Floats{});
+        }
+    return {scratch, padded(dim)};
+}
+
+// A tile of rows made ready: queries and the gradient of the output across the lanes, log-sum-exp and δ.
+struct Ready {
+    float *q, *d_out, *lse, *delta;
+};
+
+static void make_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
+                       const Ready& ready, float* wide_a, float* wide_b) {
+    const Call& call = g.call;
+    const int64_t at = (batch * call.heads + head) * call.queries + first_row;
+    lay(rows_of(call, call.q, batch, head, first_row, rows, call.dim, wide_a), rows, call.dim, 1, ready.q);
+    const Rows d_out = rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, wide_a);
+    const Rows out = rows_of(call, call.out, batch, head, first_row, rows, call.value_dim, wide_b);
+    lay(d_out, rows, call.value_dim, 1, ready.d_out);
+    for (int64_t row = 0; row < tile; ++row) {
+        const float lse = row < rows ? call.lse[at + row] : -INFINITY;
+        ready.lse[row] = lse == -INFINITY ? INFINITY : lse * log2e;  // no weight for a row that sees nothing
+        ready.delta[row] = 0;
+        if (row >= rows) continue;
+        Floats sum{};
+        for (int64_t d = 0; d < call.value_dim; d += lanes)
+            sum += load_some(d_out.data + row * d_out.stride + d, call.value_dim - d) *
+                   load_some(out.data + row * out.stride + d, call.value_dim - d);
+        ready.delta[row] = sum_of(sum) - (g.d_lse ? g.d_lse[at + row] : 0);
+    }
+}
+
+// Weights (as they were given to the values) and the gradients of the scores of one tile; `before_cap` is what is handed
+// on to q and k, `scores` what a bias gets. Without a cap they are the same.
+struct TileGradients {
+    float *weights, *scores, *before_cap;
+};
+
+// Scores become weights, and the gradients of weights those of scores, in place.
+template <bool some_hidden>
+static void score_gradients(const Call& call, const Place& at, int64_t active, float binary, const Ready& ready,
+                            float* weights, float* d_scores, float* slopes) {
+    for (int64_t n = 0; n < active * lanes; n += lanes) {
+        const Floats lse = load(ready.lse + n), delta = load(ready.delta + n);
+        for (int64_t key = 0; key < at.keys; key += 4) {
+            Floats factors[4];
+            if (call.threshold) dropped(call, at, key, n, factors);
+            const int64_t end = least(4, at.keys - key);
+            for (int64_t more = 0; more < end; ++more) {
+                const int64_t place = (key + more) * tile + n;
+                const Floats score = load(weights + place);
+                Floats weight = power_of_two(score * spread(binary) - lse);
+                if (some_hidden) weight = score == spread(-INFINITY) ? Floats{} : weight;  // whatever the row's lse is
+                Floats d_weight = load(d_scores + place);
+                if (call.threshold) d_weight *= factors[more];
+                Floats change = weight * (d_weight - delta);
+                if (some_hidden) change = weight == Floats{} ? Floats{} : change;  // whatever the value holds
+                store(d_scores + place, change);
+                store(weights + place, call.threshold ? weight * factors[more] : weight);
+                if (call.softcap != 0)
+                    store(slopes + place, weight == Floats{} ? Floats{} : change * load(slopes + place));
+            }
+        }
+    }
+}
+
+static TileGradients tile_gradients(const Gradients& g, const Columns& mine, const Place& at, const Rows& k, const Rows& v,
+                                    const Ready& ready, float* weights, float* d_scores, float* slopes) {
+    const Call& call = g.call;
+    const int64_t active = (at.rows + lanes - 1) / lanes;
+    const bool adjusted = adjusts(call);
+    const float binary = adjusted ? log2e : call.scale * log2e;
+    products<false, Into::fresh>(k.data, at.keys, k.stride, ready.q, tile, call.dim, active, weights, tile);
+    if (adjusted) adjust(call, at, call.scale, active, weights, slopes);
+    uint64_t seen[tile];
+    const bool masked = mine.hides(seen);
+    if (masked) hide(weights, seen, at.keys, active);
+    products<false, Into::fresh>(v.data, at.keys, v.stride, ready.d_out, tile, call.value_dim, active, d_scores, tile);
+    if (masked || call.bias)
+        score_gradients<true>(call, at, active, binary, ready, weights, d_scores, slopes);
+    else
+        score_gradients<false>(call, at, active, binary, ready, weights, d_scores, slopes);
+    return {weights, d_scores, call.softcap != 0 ? slopes : d_scores};
+}
+
+static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 2); }
+
+static Ready ready_at(const Call& call, float*& next) {
+    float* q = next;
+    float* d_out = q + tile * call.dim;
+    float* lse = d_out + tile * call.value_dim;
+    next = lse + 2 * tile;
+    return {q, d_out, lse, lse + tile};
+}
+
+static int64_t backward_bytes(const Call& call, int64_t tile_rows) {
+    const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);
+    // Weights, gradients and slopes of a tile; keys and values as float32, clean keys; sums for a tile of keys; factors.
+    const int64_t widest = most(dim, value_dim);
+    const int64_t shared = tile * (3 * tile + 2 * widest + 2 * dim + value_dim + 1) + lanes * (dim + lanes);
+    const int64_t each = ready_floats(call) + tile * (2 * dim + value_dim);  // and q, dO as rows, dQ
+    return 4 * (shared + tile_rows * each);
+}
+
+// `to` and `count` rows of `dim` numbers, contiguous there; `from` has rows of padded(dim).
+static void add_rows(float* to, const float* from, int64_t count, int64_t dim, float factor) {
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t d = 0; d < dim; d += lanes) {
+            float* place = to + n * dim + d;
+            const Floats more = load(from + n * padded(dim) + d) * spread(factor);
+            store_some(place, load_some(place, dim - d) + more, dim - d);
+        }
+}
+
+static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
+    const Call& call = g.call;
+    const int64_t dim = call.dim, value_dim = call.value_dim, key_head = band.head / (call.heads / call.key_heads);
+    const int64_t wide = padded(dim), value_wide = padded(value_dim);
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    float *weights = room(tile * tile), *d_scores = room(tile * tile), *slopes = room(tile * tile);
+    // Each of these holds a tile of keys, of values, or for a moment of queries or outputs.
+    float *wide_k = room(tile * most(wide, value_wide)), *wide_v = room(tile * most(wide, value_wide));
+    float* clean_k = room(tile * wide);
+    float *dk = room(tile * wide), *dv = room(tile * value_wide), *factors = room(tile);
+    float* row_scratch = room(lanes * (wide + lanes));
+    Ready ready[band_rows];
+    Rows q[band_rows], d_out[band_rows];
+    float* dq[band_rows];
+    BandColumns columns(call, band);
+    for (int64_t r = 0; r < band.count; ++r) {
+        const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
+        ready[r] = ready_at(call, next);
+        make_ready(g, band.batch, band.head, first_row, rows, ready[r], wide_k, wide_v);
+        float *q_rows = room(tile * wide), *d_rows = room(tile * value_wide);
+        q[r] = rows_of(call, call.q, band.batch, band.head, first_row, rows, dim, q_rows);
+        q[r] = finite(q[r], rows, dim) ? whole_vectors(q[r], rows, dim, q_rows) : cleaned(q[r], rows, dim, q_rows);
+        d_out[r] = rows_of(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, d_rows);
+        d_out[r] = whole_vectors(d_out[r], rows, value_dim, d_rows);
+        dq[r] = room(tile * dim);
+        memset(dq[r], 0, sizeof(float) * tile * dim);
+    }
+    std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
+    int64_t done = 0;
+    for (int64_t column; (column = columns.next()) >= 0;) {
+        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide_k);
+        const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
+        const Rows safe_k = finite(k, keys, dim) ? k : cleaned(k, keys, dim, clean_k);
+        bool first = true;
+        for (int64_t r = 0; r < band.count; ++r) {
+            Columns& mine = columns.of[r];
+            if (mine.done() || mine.column() != column) continue;
+            const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
+            const TileGradients of_tile = tile_gradients(g, mine, at, k, v, ready[r], weights, d_scores, slopes);
+            const int64_t active = (mine.rows + lanes - 1) / lanes;
+            const float* ds = of_tile.before_cap;
+            if (first) {
+                products<false, Into::fresh>(of_tile.weights, keys, tile, d_out[r].data, d_out[r].stride, mine.rows,
+                                             value_wide / lanes, dv, value_wide);
+                products<false, Into::fresh>(ds, keys, tile, q[r].data, q[r].stride, mine.rows, wide / lanes, dk, wide);
+            } else {
+                products<false, Into::added>(of_tile.weights, keys, tile, d_out[r].data, d_out[r].stride, mine.rows,
+                                             value_wide / lanes, dv, value_wide);
+                products<false, Into::added>(ds, keys, tile, q[r].data, q[r].stride, mine.rows, wide / lanes, dk, wide);
+            }
+            first = false;
+            products<true, Into::added>(safe_k.data, dim, safe_k.stride, ds, tile, keys, active, dq[r], tile);
+            mine.next();
+        }
+        passed[turn].store(column, std::memory_order_release);
+        wait_for(passed, turn, column, done);
+        const int64_t place = (band.batch * call.key_heads + key_head) * call.keys + first_key;
+        add_rows(g.dk + place * dim, dk, keys, dim, call.scale);
+        add_rows(g.dv + place * value_dim, dv, keys, value_dim, 1);
+    }
+    passed[turn].store(INT64_MAX, std::memory_order_release);
+    for (int row = 0; row < tile; ++row) factors[row] = call.scale;
+    for (int64_t r = 0; r < band.count; ++r) {
+        float* to = g.dq + ((band.batch * call.heads + band.head) * call.queries + columns.of[r].first_row) * dim;
+        unlay(dq[r], columns.of[r].rows, dim, factors, row_scratch,
+              [&](int64_t row, const float* numbers) { memcpy(to + row * dim, numbers, sizeof(float) * dim); });
+    }
+}

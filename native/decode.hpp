@@ -1,0 +1,200 @@
+// Few queries, many keys: the next token of a text. Each key and each value is read once for all query heads that share
+// it; a piece of work is a stretch of the keys, and the stretches are merged by their log-sum-exp.
+//
+// Here keys lie in the lanes: a row's scores are dot products over the dimension, folded lanes × lanes at a time.
+constexpr int64_t most_rows = 64;  // query heads of a group × queries
+
+// A row is query `row % queries` of the group's head `row / queries`. Its part: base, sum of weights, sum of values.
+static int64_t part_floats(const Call& call) { return 2 + padded(call.value_dim); }
+static inline int64_t rows_in_group(const Call& call) { return call.heads / call.key_heads * call.queries; }
+
+static int64_t decode_bytes(const Call& call) {
+    const int64_t rows = rows_in_group(call);
+    return 4 * (rows * (padded(call.dim) + tile) + tile * (padded(call.dim) + padded(call.value_dim)));  // merge needs less
+}
+
+// scores[row][key] for some rows and `lanes / rows` keys; q has whole vectors, zeros beyond the dimension.
+template <int rows>
+static inline void dots(const float* q, int64_t q_row, const float* k, int64_t k_row, int64_t dim, float* scores) {
+    constexpr int keys = lanes / rows;
+    Floats sum[lanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes; ++n) sum[n] = Floats{};
+    int64_t d = 0;
+    for (; d + lanes <= dim; d += lanes)
+#pragma GCC unroll 16
+        for (int key = 0; key < keys; ++key) {
+            const Floats one = load(k + key * k_row + d);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) sum[row * keys + key] += one * load(q + row * q_row + d);
+        }
+    if (d < dim)
+#pragma GCC unroll 16
+        for (int key = 0; key < keys; ++key) {
+            const Floats one = load_some(k + key * k_row + d, dim - d);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) sum[row * keys + key] += one * load(q + row * q_row + d);
+        }
+    float found[lanes];
+    store(found, sums_of(sum));
+    for (int row = 0; row < rows; ++row) memcpy(scores + row * tile, found + row * keys, sizeof(float) * keys);
+}
+
+template <int rows>
+static void dots_of_tile(const float* q, int64_t q_row, const Rows& k, int64_t keys, int64_t dim, float* scores) {
+    constexpr int step = lanes / rows;
+    int64_t key = 0;
+    for (; key + step <= keys; key += step) dots<rows>(q, q_row, k.data + key * k.stride, k.stride, dim, scores + key);
+    for (; key < keys; ++key)  // the last few: one at a time
+        for (int row = 0; row < rows; ++row) {
+            Floats sum{};
+            for (int64_t d = 0; d < dim; d += lanes)
+                sum += load(q + row * q_row + d) * load_some(k.data + key * k.stride + d, dim - d);
+            scores[row * tile + key] = sum_of(sum);
+        }
+}
+
+// Which of 64 keys a query sees, as bits; `mine` has been moved to the column or past it.
+static uint64_t seen_by(const Call& call, const Columns& mine, int64_t query, int64_t column) {
+    if (call.offsets) {
+        if (mine.done() || mine.column() != column) return 0;
+        return call.partial[mine.at] < 0 ? ~0ull : call.bits[call.partial[mine.at] * tile + query];
+    }
+    const int64_t first = column * tile;
+    const int64_t from = call.left < 0 ? 0 : most(query - mine.low - first, 0);
+    const int64_t to = least(least(call.right < 0 ? tile : query + mine.high + 1 - first, mine.length - first), tile);
+    if (from >= to) return 0;
+    return (to == tile ? ~0ull : (1ull << to) - 1) & ~((1ull << from) - 1);
+}
+
+// The scores of one row against one tile: scaled, capped, biased.
+static void adjust_row(const Call& call, int64_t batch, int64_t head, int64_t query, int64_t first_key, int64_t keys,
+                       float* scores) {
+    for (int64_t n = 0; n < tile; n += lanes) {
+        Floats score = load(scores + n) * spread(call.scale);
+        if (call.softcap != 0) score = spread(call.softcap) * tangent(score / spread(call.softcap));
+        store(scores + n, score);
+    }
+    if (call.distances) {
+        const float* last = call.distances + batch * call.distance_batch + head * call.distance_head + call.keys - 1 + query;
+        for (int64_t key = 0; key < keys; ++key) scores[key] += last[-(first_key + key)];
+    }
+    if (call.bias) {
+        const int64_t* steps = call.bias_strides;
+        const float* bias = call.bias + batch * steps[0] + head * steps[1] + query * steps[2] + first_key * steps[3];
+        for (int64_t key = 0; key < keys; ++key) {
+            const float added = bias[key * steps[3]];
+            scores[key] = added == -INFINITY ? added : scores[key] + added;
+        }
+    }
+}
+
+static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t first, int64_t end, float* part,
+                   char* scratch) {
+    const int64_t dim = call.dim, wide = padded(dim), value_dim = call.value_dim, value_wide = padded(value_dim);
+    const int64_t group = call.heads / call.key_heads, rows = rows_in_group(call), floats = part_floats(call);
+    const bool adjusted = adjusts(call);
+    const float binary = adjusted ? log2e : call.scale * log2e;
+    float* q = reinterpret_cast<float*>(scratch);
+    float* scores = q + rows * wide;
+    float* wide_k = scores + rows * tile;
+    float* wide_v = wide_k + tile * wide;
+    Columns columns[most_rows];
+    memset(q, 0, sizeof(float) * rows * wide);
+    for (int64_t g = 0; g < group; ++g) {
+        const int64_t head = key_head * group + g;
+        const Rows from = rows_of(call, call.q, batch, head, 0, call.queries, dim, wide_k);
+        for (int64_t n = 0; n < call.queries; ++n)
+            memcpy(q + (g * call.queries + n) * wide, from.data + n * from.stride, sizeof(float) * dim);
+        columns[g] = columns_of(call, batch, head, 0);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        part[row * floats] = -INFINITY, part[row * floats + 1] = 0;
+        memset(part + row * floats + 2, 0, sizeof(float) * value_wide);
+    }
+    for (int64_t column = first; column < end; ++column) {
+        uint64_t seen[most_rows], some = 0, all = ~0ull;
+        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        for (int64_t g = 0; g < group; ++g) {
+            columns[g].seek(column);
+            for (int64_t n = 0; n < call.queries; ++n) {
+                const uint64_t word = seen_by(call, columns[g], n, column);
+                seen[g * call.queries + n] = word;
+                some |= word, all &= word;
+            }
+        }
+        if (!some) continue;
+        const Rows k = keys_of(call, batch, key_head, first_key, keys, wide_k);
+        const Rows v = values_of(call, batch, key_head, first_key, keys, wide_v);
+        int64_t row = 0;
+        for (; row + 4 <= rows; row += 4) dots_of_tile<4>(q + row * wide, wide, k, keys, dim, scores + row * tile);
+        for (; row + 2 <= rows; row += 2) dots_of_tile<2>(q + row * wide, wide, k, keys, dim, scores + row * tile);
+        if (row < rows) dots_of_tile<1>(q + row * wide, wide, k, keys, dim, scores + row * tile);
+        for (row = 0; row < rows; ++row) {
+            float* score = scores + row * tile;
+            for (int64_t key = keys; key < tile; ++key) score[key] = 0;
+            if (adjusted)
+                adjust_row(call, batch, key_head * group + row / call.queries, row % call.queries, first_key, keys, score);
+            const uint64_t valid = seen[row] & (keys == tile ? ~0ull : (1ull << keys) - 1);
+            Floats top = spread(-INFINITY);
+            for (int n = 0; n < tile; n += lanes) {
+                const Floats raised = pick(valid >> n, load(score + n) * spread(binary), spread(-INFINITY));
+                store(score + n, raised);
+                top = larger(raised, top);
+            }
+            float highest = -INFINITY;
+            for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
+            float* mine = part + row * floats;
+            if (highest > mine[0] + slack || (mine[0] == -INFINITY && highest > -INFINITY)) {
+                const Floats shrink = power_of_two(spread(mine[0] - highest));
+                mine[1] *= shrink[0];
+                for (int64_t d = 0; d < value_wide; d += lanes) store(mine + 2 + d, load(mine + 2 + d) * shrink);
+                mine[0] = highest;
+            }
+            const Floats base = spread(mine[0] == -INFINITY ? 0.0f : mine[0]);
+            Floats sum{};
+            for (int n = 0; n < tile; n += lanes) {
+                const Floats weight = power_of_two(load(score + n) - base);
+                store(score + n, weight);
+                sum += weight;
+            }
+            mine[1] += sum_of(sum);
+        }
+        if (all == ~0ull || finite(v, keys, value_dim)) {
+            const Rows whole = whole_vectors(v, keys, value_dim, wide_v);
+            products<false, Into::added>(scores, rows, tile, whole.data, whole.stride, keys, value_wide / lanes, part + 2, floats);
+        } else {  // a weight of 0 hides its value, whatever that holds
+            for (row = 0; row < rows; ++row)
+                for (int64_t key = 0; key < keys; ++key)
+                    for (int64_t d = 0; d < value_dim && scores[row * tile + key] != 0; ++d)
+                        part[row * floats + 2 + d] += scores[row * tile + key] * v.data[key * v.stride + d];
+        }
+    }
+}
+
+// The parts of all stretches become the results of one group of heads; a sink takes part in the sum alone.
+static void merge(const Call& call, int64_t batch, int64_t key_head, const float* parts, int64_t count, int64_t step,
+                  char* scratch) {
+    const int64_t value_wide = padded(call.value_dim), floats = part_floats(call), group = call.heads / call.key_heads;
+    float* out = reinterpret_cast<float*>(scratch);
+    for (int64_t row = 0; row < rows_in_group(call); ++row) {
+        const int64_t head = key_head * group + row / call.queries, query = row % call.queries;
+        const float sink = call.sinks ? call.sinks[head] * log2e : -INFINITY;
+        const float* mine = parts + row * floats;
+        float top = sink;
+        for (int64_t n = 0; n < count; ++n) top = mine[n * step] > top ? mine[n * step] : top;
+        const float base = top == -INFINITY ? 0.0f : top;
+        float total = exp2f(sink - base);
+        memset(out, 0, sizeof(float) * value_wide);
+        for (int64_t n = 0; n < count; ++n) {
+            const float share = exp2f(mine[n * step] - base);
+            total += mine[n * step + 1] * share;
+            for (int64_t d = 0; d < value_wide && share != 0; d += lanes)
+                store(out + d, load(out + d) + load(mine + n * step + 2 + d) * spread(share));
+        }
+        const float factor = total == 0 ? 0.0f : 1.0f / total;
+        for (int64_t d = 0; d < value_wide; d += lanes) store(out + d, load(out + d) * spread(factor));
+        call.lse[(batch * call.heads + head) * call.queries + query] = total == 0 ? -INFINITY : base * ln2 + logf(total);
+        leave_row(call, batch * call.out.batch + head * call.out.head + query * call.out.row, out);
+    }
+}

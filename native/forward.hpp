@@ -1,0 +1,191 @@
+// Forward attention of a band: a few tiles of query rows of one head.
+//
+//        64 query rows →            for every tile of 64 keys that is not empty:
+//   key  ┌───────────────┐            scores  = K·Qᵀ · scale
+//    ↓   │ Sᵀ  (lanes)   │            hidden  = −inf                  (partial tiles only, by bits)
+//        │               │            base, weights = 2^(score − base), running sum
+//        └───────────────┘            Oᵀ      = Oᵀ · shrink + Vᵀ·Pᵀ   (a fresh product, then one addition)
+//
+// The base of a row is not always its maximum: it is raised only when a score stands more than 2^8 above it. Then most
+// tiles rescale nothing, and no weight is larger than 2^8.
+constexpr int tiles_in_group = 32;
+constexpr float slack = 8;
+constexpr float log2e = 1.44269504088896f, ln2 = 0.693147180559945f;
+
+// The running state of 64 rows: the base (a binary logarithm), the sum of the weights, and their sum of values.
+struct State {
+    float *base, *total, *out;
+};
+
+static void clear(const State& state, int64_t value_dim) {
+    for (int n = 0; n < tile; n += lanes) {
+        store(state.base + n, spread(-INFINITY));
+        store(state.total + n, Floats{});
+    }
+    memset(state.out, 0, sizeof(float) * tile * value_dim);
+}
+
+// What was summed over other keys joins `whole`. Tiles are summed in groups first, so that a long row is not rounded
+// once for every tile: at 65,536 keys that keeps the relative error below 1e-6.
+static void join(const State& whole, const State& group, int64_t value_dim) {
+    for (int n = 0; n < tile; n += lanes) {
+        const Floats top = larger(load(whole.base + n), load(group.base + n));
+        const Floats base = top == spread(-INFINITY) ? Floats{} : top;
+        const Floats mine = power_of_two(load(whole.base + n) - base), theirs = power_of_two(load(group.base + n) - base);
+        store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
+        store(whole.base + n, top);
+        for (int64_t d = 0; d < value_dim; ++d) {
+            float* place = whole.out + d * tile + n;
+            store(place, load(place) * mine + load(group.out + d * tile + n) * theirs);
+        }
+    }
+}
+
+// Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
+template <int wide>
+static bool weigh(float* scores, int64_t keys, float binary, const State& state, float* shrink) {
+    Floats top[wide], base[wide], sum[wide];
+    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
+    for (int64_t key = 0; key < keys; ++key)
+        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
+    Ints raised{};
+    for (int n = 0; n < wide; ++n) {
+        const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
+        const Ints above = new_top > old + spread(slack);
+        const Floats risen = above ? new_top : old;
+        raised |= above;
+        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
+        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
+        store(state.base + n * lanes, risen);
+    }
+    for (int64_t key = 0; key < keys; ++key)
+        for (int n = 0; n < wide; ++n) {
+            float* place = scores + key * tile + n * lanes;
+            const Floats weight = power_of_two(load(place) * spread(binary) - base[n]);
+            store(place, weight);
+            sum[n] += weight;
+        }
+    for (int n = 0; n < wide; ++n) {
+        float* total = state.total + n * lanes;
+        store(total, load(total) * load(shrink + n * lanes) + sum[n]);
+    }
+    return any(raised);
+}
+
+static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, float* shrink) {
+    bool raised = false;
+    int64_t n = 0;
+    for (; n + 4 <= active; n += 4)
+        raised |= weigh<4>(scores + n * lanes, keys, binary,
+                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes);
+    for (; n < active; ++n)
+        raised |= weigh<1>(scores + n * lanes, keys, binary,
+                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes);
+    return raised;
+}
+
+// The product with the values in which a weight of 0 hides its value, whatever that holds: 0 · inf is 0 and not NaN.
+static void guarded_products(const Rows& v, int64_t value_dim, const float* weights, int64_t keys, int64_t active,
+                             float* out, const float* shrink) {
+    for (int64_t d = 0; d < value_dim; ++d)
+        for (int64_t n = 0; n < active * lanes; n += lanes) {
+            Floats sum{};
+            for (int64_t key = 0; key < keys; ++key) {
+                const Floats weight = load(weights + key * tile + n);
+                sum += weight == Floats{} ? Floats{} : weight * spread(v.data[key * v.stride + d]);
+            }
+            float* place = out + d * tile + n;
+            store(place, load(place) * load(shrink + n) + sum);
+        }
+}
+
+static int64_t forward_bytes(const Call& call, int64_t tile_rows) {
+    // Keys and values as float32, scores, factors, rows on their way out; for each tile of rows: queries, two states.
+    const int64_t shared = tile * (padded(call.dim) + padded(call.value_dim) + tile + 1) + lanes * (call.value_dim + lanes);
+    return 4 * (shared + tile_rows * tile * (call.dim + 2 * call.value_dim + 4));
+}
+
+static void leave_row(const Call& call, int64_t place, const float* numbers) {
+    if (call.dtype == Dtype::float32)
+        memcpy(static_cast<float*>(call.out.data) + place, numbers, sizeof(float) * call.value_dim);
+    else
+        narrow_row(numbers, static_cast<uint16_t*>(call.out.data) + place, call.value_dim, call.dtype == Dtype::bfloat16);
+}
+
+// Results of a tile of rows leave: values over their sum, and the log-sum-exp.
+static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
+                  float* factors, float* row_scratch) {
+    float* lse = call.lse + (batch * call.heads + head) * call.queries + first_row;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float sum = state.total[row];
+        factors[row] = sum == 0 ? 0.0f : 1.0f / sum;
+        lse[row] = sum == 0 ? -INFINITY : state.base[row] * ln2 + logf(sum);
+    }
+    for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
+    const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
+    unlay(state.out, rows, call.value_dim, factors, row_scratch, [&](int64_t row, const float* numbers) {
+        leave_row(call, at + row * call.out.row, numbers);
+    });
+}
+
+static void forward(const Call& call, const Band& band, char* scratch) {
+    const int64_t dim = call.dim, value_dim = call.value_dim, key_head = band.head / (call.heads / call.key_heads);
+    const float sign = call.scale < 0 ? -1.0f : 1.0f, scale = sign * call.scale;
+    const bool adjusted = adjusts(call);
+    const float binary = adjusted ? log2e : scale * log2e;  // positive: the maximum may be taken of raw scores
+    float* scores = reinterpret_cast<float*>(scratch);
+    float* wide_k = scores + tile * tile;
+    float* wide_v = wide_k + tile * padded(dim);
+    float* shrink = wide_v + tile * padded(value_dim);
+    float* row_scratch = shrink + tile;
+    float* q[band_rows];
+    State state[band_rows], group[band_rows];
+    int64_t visited[band_rows] = {};
+    float* next = row_scratch + lanes * (value_dim + lanes);
+    BandColumns columns(call, band);
+    for (int64_t r = 0; r < band.count; ++r) {
+        q[r] = next, next += tile * dim;
+        state[r] = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
+        group[r] = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
+        clear(state[r], value_dim);
+        clear(group[r], value_dim);
+        const Columns& mine = columns.of[r];
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, sign, q[r]);
+        if (call.sinks && call.sinks[band.head] != -INFINITY)
+            for (int row = 0; row < tile; ++row) state[r].base[row] = call.sinks[band.head] * log2e, state[r].total[row] = 1;
+    }
+    for (int64_t column; (column = columns.next()) >= 0;) {
+        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide_k);
+        const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
+        for (int64_t r = 0; r < band.count; ++r) {
+            Columns& mine = columns.of[r];
+            if (mine.done() || mine.column() != column) continue;
+            if (visited[r]++ == tiles_in_group) {
+                join(state[r], group[r], value_dim);
+                clear(group[r], value_dim);
+                visited[r] = 1;
+            }
+            const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
+            const int64_t active = (mine.rows + lanes - 1) / lanes;
+            products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
+            if (adjusted) adjust(call, at, scale, active, scores, nullptr);
+            uint64_t seen[tile];
+            const bool masked = mine.hides(seen);
+            if (masked) hide(scores, seen, keys, active);
+            const bool raised = weigh_all(scores, keys, active, binary, group[r], shrink);
+            if (call.threshold) drop(call, at, active, scores);
+            if ((masked || call.bias || call.threshold) && !finite(v, keys, value_dim))
+                guarded_products(v, value_dim, scores, keys, active, group[r].out, shrink);
+            else if (raised)
+                products<true, Into::shrunk>(v.data, value_dim, v.stride, scores, tile, keys, active, group[r].out, tile, shrink);
+            else
+                products<true, Into::added>(v.data, value_dim, v.stride, scores, tile, keys, active, group[r].out, tile);
+            mine.next();
+        }
+    }
+    for (int64_t r = 0; r < band.count; ++r) {
+        join(state[r], group[r], value_dim);
+        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r], shrink, row_scratch);
+    }
+}

@@ -1,0 +1,215 @@
+// Forward attention of a band in bfloat16, with products of pairs. The same steps as in forward.hpp, which says what
+// they mean; weights are rounded to bfloat16 on their way to the values, their sum is taken before.
+#if defined(FOVEATE_PAIRS)
+
+// Scores become pairs of weights for `wide` vectors of rows; whether any sum so far has to shrink.
+template <int wide>
+static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
+    Floats top[wide], base[wide], sum[wide];
+    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
+    for (int64_t key = 0; key < keys; ++key)
+        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
+    Ints raised{};
+    for (int n = 0; n < wide; ++n) {
+        const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
+        const Ints above = new_top > old + spread(slack);
+        const Floats risen = above ? new_top : old;
+        raised |= above;
+        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
+        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
+        store(state.base + n * lanes, risen);
+    }
+    int64_t key = 0;
+    for (; key + 2 <= keys; key += 2)
+        for (int n = 0; n < wide; ++n) {
+            const float* place = scores + key * tile + n * lanes;
+            const Floats one = power_of_two<true>(load(place) * spread(binary) - base[n]);
+            const Floats two = power_of_two<true>(load(place + tile) * spread(binary) - base[n]);
+            sum[n] += one + two;
+            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, two));
+        }
+    for (; key < blocks(keys, 32) * 32; key += 2)
+        for (int n = 0; n < wide; ++n) {
+            const float* place = scores + key * tile + n * lanes;
+            const Floats one = key < keys ? power_of_two<true>(load(place) * spread(binary) - base[n]) : Floats{};
+            sum[n] += one;
+            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, Floats{}));
+        }
+    for (int n = 0; n < wide; ++n) {
+        float* total = state.total + n * lanes;
+        store(total, load(total) * load(shrink + n * lanes) + sum[n]);
+    }
+    return any(raised);
+}
+
+static bool weigh_all_pairs(const float* scores, int64_t keys, int64_t active, float binary, const State& state,
+                            float* shrink, uint32_t* pairs) {
+    bool raised = false;
+    int64_t n = 0;
+    for (; n + 2 <= active; n += 2)
+        raised |= weigh_pairs<2>(scores + n * lanes, keys, binary,
+                                 {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, pairs + n * lanes);
+    for (; n < active; ++n)
+        raised |= weigh_pairs<1>(scores + n * lanes, keys, binary,
+                                 {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, pairs + n * lanes);
+    return raised;
+}
+
+// Weights that are there as float32 already become pairs.
+static void pair_up(const float* weights, int64_t keys, int64_t active, uint32_t* pairs) {
+    for (int64_t key = 0; key < blocks(keys, 32) * 32; key += 2)
+        for (int64_t n = 0; n < active * lanes; n += lanes) {
+            const Floats one = key < keys ? load(weights + key * tile + n) : Floats{};
+            const Floats two = key + 1 < keys ? load(weights + (key + 1) * tile + n) : Floats{};
+            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n), pair_of(one, two));
+        }
+}
+
+// Work goes on half a tile of rows at a time, and the scores of the next half are made between the weights of this one
+// and their product with the values: what was just written is then there when the matrix unit reads it. Columns are
+// prepared a few at a time, for all rows of the band.
+constexpr int64_t half = 32, columns_at_once = 4;
+
+static int64_t pair_bytes(const Call& call, int64_t tile_rows) {
+    const int64_t keys = tile * pair_stride(call.dim) / 2, values = tile * blocks(call.value_dim, 16) * 8;
+    const int64_t shared = columns_at_once * (keys + values) + tile * tile + tile * tile / 2 +
+                           tile * (padded(call.value_dim) + 1) + lanes * (call.value_dim + lanes);
+    return 4 * (shared + tile_rows * (keys + 2 * tile * (blocks(call.value_dim, 16) * 16 + 2)));
+}
+
+// A few columns made ready: keys in place or padded, values turned.
+struct Prepared {
+    int64_t column, keys;
+    PairRows k;
+    uint16_t *key_rows, *turned;
+    bool finite;
+};
+
+// Half a tile of rows against one column.
+struct Visit {
+    int64_t r, c, first, rows;  // row tile, prepared column; first row in the tile, and how many
+    Columns mine;
+};
+
+static void forward_pairs(const Call& call, const Band& band, char* scratch) {
+    const int64_t dim = call.dim, value_dim = call.value_dim, value_wide = blocks(value_dim, 16) * 16;
+    const int64_t key_head = band.head / (call.heads / call.key_heads);
+    const bool negative = call.scale < 0, adjusted = adjusts(call);
+    const float scale = negative ? -call.scale : call.scale, binary = adjusted ? log2e : scale * log2e;
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    const int64_t key_floats = tile * pair_stride(dim) / 2, value_floats = tile * value_wide / 2;
+    float* scores = room(tile * tile);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(room(tile * tile / 2));
+    Prepared ready[columns_at_once];
+    for (Prepared& each : ready)
+        each.key_rows = reinterpret_cast<uint16_t*>(room(key_floats)), each.turned = reinterpret_cast<uint16_t*>(room(value_floats));
+    float *wide_v = room(tile * padded(value_dim)), *shrink = room(tile), *row_scratch = room(lanes * (value_dim + lanes));
+    uint32_t* q[band_rows];
+    State state[band_rows], group[band_rows];
+    int64_t visited[band_rows] = {};
+    BandColumns columns(call, band);
+    for (int64_t r = 0; r < band.count; ++r) {
+        q[r] = reinterpret_cast<uint32_t*>(room(key_floats));
+        state[r] = {room(tile), room(tile), room(tile * value_wide)};
+        group[r] = {room(tile), room(tile), room(tile * value_wide)};
+        clear(state[r], value_wide);
+        clear(group[r], value_wide);
+        const Columns& mine = columns.of[r];
+        lay_pairs(pair_rows(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, ready[0].key_rows, false),
+                  mine.rows, dim, negative, q[r]);
+        if (call.sinks && call.sinks[band.head] != -INFINITY)
+            for (int row = 0; row < tile; ++row) state[r].base[row] = call.sinks[band.head] * log2e, state[r].total[row] = 1;
+    }
+
+    const PairUnit unit;
+    BandColumns ahead = columns;
+    int64_t prepared = 0;
+    const auto prepare = [&] {
+        for (prepared = 0; prepared < columns_at_once; ++prepared) {
+            Prepared& to = ready[prepared];
+            to.column = ahead.next();
+            if (to.column < 0) break;
+            for (int64_t r = 0; r < band.count; ++r)
+                if (!ahead.of[r].done() && ahead.of[r].column() == to.column) ahead.of[r].next();
+            const int64_t first_key = to.column * tile;
+            to.keys = least(call.keys - first_key, tile);
+            to.k = pair_rows(call, call.k, band.batch, key_head, first_key, to.keys, dim, to.key_rows, call.pages);
+            turn_pairs(call, call.v, band.batch, key_head, first_key, to.keys, value_dim, to.turned, call.pages);
+            to.finite = finite_pairs(to.turned, value_dim * tile);
+        }
+        return prepared > 0;
+    };
+    // The next half tile, row by row through the prepared columns; false at their end.
+    const auto advance = [&](Visit& to) {
+        if (to.first == 0 && to.mine.rows > half) {
+            to.first = half, to.rows = to.mine.rows - half;
+            return true;
+        }
+        for (++to.c; to.r < band.count; ++to.r, to.c = 0) {
+            Columns& mine = columns.of[to.r];
+            while (to.c < prepared && (mine.done() || mine.column() != ready[to.c].column)) ++to.c;
+            if (to.c >= prepared) continue;
+            to.mine = mine;
+            mine.next();
+            to.first = 0, to.rows = least(to.mine.rows, half);
+            return true;
+        }
+        return false;
+    };
+    const auto score = [&](const Visit& of) {
+        const Prepared& with = ready[of.c];
+        pair_products(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.r] + of.first, blocks(dim, 32),
+                      blocks(of.rows, lanes), scores + of.first, false);
+    };
+    while (prepare()) {
+        Visit visit{0, -1, half, 0, {}};
+        bool more = advance(visit);
+        if (more) score(visit);
+        while (more) {
+        const Visit now = visit;
+        const Prepared& with = ready[now.c];
+        const int64_t r = now.r, keys = with.keys, active = blocks(now.rows, lanes), first_key = with.column * tile;
+        const Place at{band.batch, band.head, now.mine.first_row + now.first, now.rows, first_key, keys};
+        const State mine{group[r].base + now.first, group[r].total + now.first, group[r].out + now.first};
+        float *here = scores + now.first, *less = shrink + now.first;
+        uint32_t* given = pairs + now.first;
+        if (now.first == 0 && visited[r]++ == tiles_in_group) {
+            join(state[r], group[r], value_dim);
+            clear(group[r], value_wide);
+            visited[r] = 1;
+        }
+        if (adjusted) adjust(call, at, scale, active, here, nullptr);
+        uint64_t seen[tile];
+        const bool masked = now.mine.hides(seen);
+        if (masked) hide(here, seen, keys, active, now.first);
+        const bool guarded = (masked || call.bias || call.threshold) && !with.finite;
+        bool raised;
+        if (guarded || call.threshold) {
+            raised = weigh_all(here, keys, active, binary, mine, less);
+            if (call.threshold) drop(call, at, active, here);
+            pair_up(here, keys, active, given);
+        } else {
+            raised = weigh_all_pairs(here, keys, active, binary, mine, less, given);
+        }
+        if (guarded) {
+            const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
+            guarded_products(v, value_dim, here, keys, active, mine.out, less);
+        } else if (raised) {
+            for (int64_t d = 0; d < value_dim; ++d)
+                for (int64_t n = 0; n < active * lanes; n += lanes) {
+                    float* place = mine.out + d * tile + n;
+                    store(place, load(place) * load(less + n));
+                }
+        }
+        more = advance(visit);
+        if (more) score(visit);
+        if (!guarded) pair_products(with.turned, value_wide / 16, tile, given, blocks(keys, 32), active, mine.out, true);
+    }
+    }
+    for (int64_t r = 0; r < band.count; ++r) {
+        join(state[r], group[r], value_dim);
+        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r], shrink, row_scratch);
+    }
+}
+#endif

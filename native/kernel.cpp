@@ -1,0 +1,76 @@
+// The kernels of one instruction set; compiled once for each, with its own flags.
+//
+// Query rows lie in the vector lanes: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ. Keys and values are read in their natural layout, an
+// element at a time as a broadcast, so nothing is packed but a tile's queries, and no sum runs across lanes.
+//
+// Each unit has a namespace of its own and uses no template of the standard library: weak symbols of two units would be
+// merged in silence, and the wrong instructions with them.
+#include <math.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attention.hpp"
+
+#if defined(FOVEATE_AMX)
+#define UNIT amx
+#define FOVEATE_PAIRS
+#define FOVEATE_AVX512
+#elif defined(FOVEATE_BF16)
+#define UNIT avx512bf16
+#define FOVEATE_PAIRS
+#define FOVEATE_AVX512
+#elif defined(FOVEATE_AVX512)
+#define UNIT avx512
+#elif defined(FOVEATE_AVX2)
+#define UNIT avx2
+#else
+#define UNIT baseline
+#endif
+#define JOIN(a, b) a##b
+#define NAMED(a, b) JOIN(a, b)
+#define STRING(a) #a
+#define TEXT(a) STRING(a)
+
+namespace foveate {
+namespace UNIT {
+#include "lanes.hpp"
+#include "products.hpp"
+#include "tiles.hpp"
+#include "scores.hpp"
+#include "pairs.hpp"
+#include "forward.hpp"
+#include "forward_pairs.hpp"
+#include "backward.hpp"
+#include "score_gradients.hpp"
+#include "decode.hpp"
+#include "looked.hpp"
+
+// bfloat16 in pairs, where the instructions are there; everything else as float32.
+static int64_t any_forward_bytes(const Call& call, int64_t tile_rows) {
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) return pair_bytes(call, tile_rows);
+#endif
+    return forward_bytes(call, tile_rows);
+}
+static void any_forward(const Call& call, const Band& band, char* scratch) {
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) return forward_pairs(call, band, scratch);
+#endif
+    forward(call, band, scratch);
+}
+}  // namespace UNIT
+
+const Kernel NAMED(kernel_, UNIT) = {
+    TEXT(UNIT),
+    UNIT::any_forward_bytes, UNIT::any_forward,
+    UNIT::backward_bytes, UNIT::backward,
+    UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
+    UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
+    UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,
+};
+
+}  // namespace foveate

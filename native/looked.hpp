@@ -1,0 +1,156 @@
+// What was looked at, without the matrix of weights.
+//
+// First by rows: the heaviest keys of every row, what is not among them, log-sum-exp and entropy, in one pass over the
+// scores. Then by keys: the weight that each received, in the order of the bands, as gradients of keys are summed.
+
+static inline float above_zero(float x) { return x < 0 ? 0.0f : x; }  // NaN stays
+
+static int64_t looked_bytes(const Looked& looked) {
+    const Call& call = looked.call;
+    const int64_t shared = tile * (padded(call.dim) + tile) + band_rows * tile * call.dim;
+    return 4 * (shared + tile * (4 + 2 * looked.top) + tile * lanes);
+}
+
+// The heaviest scores of one row so far, falling; a new one finds its place from the end.
+static inline void insert(float* heaviest, int32_t* places, int64_t top, float score, int32_t place) {
+    int64_t at = top - 1;
+    for (; at > 0 && heaviest[at - 1] < score; --at) heaviest[at] = heaviest[at - 1], places[at] = places[at - 1];
+    heaviest[at] = score, places[at] = place;
+}
+
+static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
+    const Call& call = looked.call;
+    const int64_t dim = call.dim, top = looked.top, key_head = band.head / (call.heads / call.key_heads);
+    const bool adjusted = adjusts(call);
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *q = room(tile * dim);
+    // For every row: base and sum of weights, sum of weight · score, the score that a new one has to exceed.
+    float *base = room(tile), *total = room(tile), *moment = room(tile), *least_kept = room(tile);
+    float* heaviest = room(tile * top);
+    int32_t* places = reinterpret_cast<int32_t*>(room(tile * top));
+    for (int64_t r = band.first; r < band.first + band.count; ++r) {
+        Columns mine = columns_of(call, band.batch, band.head, r);
+        const int64_t active = (mine.rows + lanes - 1) / lanes;
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, 1, q);
+        const bool sinks = call.sinks && call.sinks[band.head] != -INFINITY;
+        for (int row = 0; row < tile; ++row) {
+            base[row] = sinks ? call.sinks[band.head] * log2e : -INFINITY;
+            total[row] = sinks, moment[row] = 0;
+            least_kept[row] = row < mine.rows ? -INFINITY : INFINITY;
+        }
+        for (int64_t n = 0; n < tile * top; ++n) heaviest[n] = -INFINITY, places[n] = -1;
+        for (; !mine.done(); mine.next()) {
+            const int64_t first_key = mine.column() * tile, keys = least(call.keys - first_key, tile);
+            const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
+            const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
+            products<false, Into::fresh>(k.data, keys, k.stride, q, tile, dim, active, scores, tile);
+            if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
+            const Floats binary = spread(adjusted ? log2e : call.scale * log2e);
+            for (int64_t n = 0; n < active * lanes; n += lanes)  // the scale may be negative: multiply first
+                for (int64_t key = 0; key < keys; ++key) store(scores + key * tile + n, load(scores + key * tile + n) * binary);
+            uint64_t seen[tile];
+            if (mine.hides(seen)) hide(scores, seen, keys, active);
+            for (int64_t n = 0; n < active * lanes; n += lanes) {
+                Floats highest = spread(-INFINITY);
+                for (int64_t key = 0; key < keys; ++key) highest = larger(load(scores + key * tile + n), highest);
+                const Floats old = load(base + n), risen = larger(highest, old);
+                const Floats ground = risen == spread(-INFINITY) ? Floats{} : risen;
+                const Floats shrink = power_of_two(old - ground);
+                Floats sum{}, weighted{};
+                for (int64_t key = 0; key < keys; ++key) {
+                    const Floats score = load(scores + key * tile + n), weight = power_of_two(score - ground);
+                    sum += weight;
+                    weighted += weight == Floats{} ? Floats{} : weight * score;
+                }
+                store(base + n, risen);
+                store(total + n, load(total + n) * shrink + sum);
+                store(moment + n, load(moment + n) * shrink + weighted);
+                if (!top || !any(highest > load(least_kept + n))) continue;
+                for (int64_t key = 0; key < keys; ++key) {
+                    const Floats score = load(scores + key * tile + n);
+                    if (!any(score > load(least_kept + n))) continue;
+                    for (int lane = 0; lane < lanes; ++lane) {
+                        const int64_t row = n + lane;
+                        if (!(score[lane] > least_kept[row])) continue;
+                        insert(heaviest + row * top, places + row * top, top, score[lane], static_cast<int32_t>(first_key + key));
+                        least_kept[row] = heaviest[row * top + top - 1];
+                    }
+                }
+            }
+        }
+        const int64_t out = (band.batch * call.heads + band.head) * call.queries + mine.first_row;
+        const float sink = sinks ? call.sinks[band.head] * log2e : -INFINITY;
+        for (int64_t row = 0; row < mine.rows; ++row) {
+            const float sum = total[row], lse = sum == 0 ? -INFINITY : base[row] + log2f(sum);  // binary
+            call.lse[out + row] = lse * ln2;
+            // Σ −p · log p = lse − Σ p · score over the keys; a sink has a share of the sum and no part in this.
+            const float sunk = sinks ? exp2f(sink - lse) : 0.0f;
+            looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(((1 - sunk) * lse - moment[row] / sum) * ln2);
+            float kept = 0;
+            for (int64_t n = 0; n < top; ++n) {
+                const int64_t place = (out + row) * top + n;
+                const float weight = places[row * top + n] < 0 ? 0.0f : exp2f(heaviest[row * top + n] - lse);
+                looked.indices[place] = places[row * top + n], looked.weights[place] = weight;
+                kept += weight;
+            }
+            looked.rest[out + row] = sum == 0 ? 0.0f : above_zero(1 - sunk - kept);
+        }
+    }
+}
+
+// Weights from the log-sum-exp, summed over the rows of a band for every key.
+static void keys_received(const Looked& looked, const Band& band, int64_t turn, int64_t turns, char* scratch) {
+    const Call& call = looked.call;
+    const int64_t dim = call.dim, key_head = band.head / (call.heads / call.key_heads);
+    const bool adjusted = adjusts(call);
+    const float binary = adjusted ? log2e : call.scale * log2e;
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *lse = room(tile), *sums = room(tile * lanes);
+    float* q[band_rows];
+    BandColumns columns(call, band);
+    const float* all_lse = call.lse + (band.batch * call.heads + band.head) * call.queries;
+    for (int64_t r = 0; r < band.count; ++r) {
+        const Columns& mine = columns.of[r];
+        q[r] = room(tile * dim);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, 1, q[r]);
+    }
+    std::atomic<int64_t>* passed = looked.passed + (band.batch * call.heads + band.head) * turns;
+    int64_t done = 0;
+    for (int64_t column; (column = columns.next()) >= 0;) {
+        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
+        memset(sums, 0, sizeof(float) * tile * lanes);
+        for (int64_t r = 0; r < band.count; ++r) {
+            Columns& mine = columns.of[r];
+            if (mine.done() || mine.column() != column) continue;
+            const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
+            const int64_t active = (mine.rows + lanes - 1) / lanes;
+            products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
+            if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
+            uint64_t seen[tile];
+            const bool masked = mine.hides(seen);
+            if (masked) hide(scores, seen, keys, active);
+            for (int64_t n = 0; n < active * lanes; n += lanes) {
+                for (int row = 0; row < lanes; ++row) {
+                    const float own = n + row < mine.rows ? all_lse[mine.first_row + n + row] : -INFINITY;
+                    lse[row] = own == -INFINITY ? INFINITY : own * log2e;
+                }
+                const Floats ground = load(lse);
+                for (int64_t key = 0; key < keys; ++key) {
+                    const Floats score = load(scores + key * tile + n);
+                    const Floats weight = power_of_two(score * spread(binary) - ground);
+                    float* sum = sums + key * lanes;
+                    store(sum, load(sum) + (score == spread(-INFINITY) ? Floats{} : weight));
+                }
+            }
+            mine.next();
+        }
+        passed[turn].store(column, std::memory_order_release);
+        wait_for(passed, turn, column, done);
+        float* received = looked.received + (band.batch * call.heads + band.head) * call.keys + first_key;
+        for (int64_t key = 0; key < keys; ++key) received[key] += sum_of(load(sums + key * lanes));
+    }
+    passed[turn].store(INT64_MAX, std::memory_order_release);
+}

@@ -1,0 +1,100 @@
+// Gradients of what was added to the scores, where they are wanted: a pass of their own, in which every entry of a bias
+// has one owner. The owner goes through all batch rows, heads and tiles that share the entry, always in the same order.
+
+struct TileScratch {
+    float *weights, *d_scores, *slopes, *wide_k, *wide_v;
+    Ready ready;
+};
+
+static int64_t score_gradient_bytes(const Call& call) {
+    const int64_t widest = most(padded(call.dim), padded(call.value_dim));
+    return 4 * (4 * tile * tile + 2 * tile * widest + ready_floats(call));
+}
+
+static TileScratch tile_scratch(const Call& call, char* scratch) {
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    const int64_t widest = most(padded(call.dim), padded(call.value_dim));
+    TileScratch found{room(tile * tile), room(tile * tile), room(tile * tile), room(tile * widest), room(tile * widest), {}};
+    found.ready = ready_at(call, next);
+    return found;
+}
+
+// The gradients of the scores of one tile, keys by rows; null if the tile is empty.
+static const float* one_tile(const Gradients& g, int64_t batch, int64_t head, int64_t row_tile, int64_t column,
+                             bool same_rows, const TileScratch& scratch) {
+    const Call& call = g.call;
+    Columns mine = columns_of(call, batch, head, row_tile);
+    if (!same_rows) make_ready(g, batch, head, mine.first_row, mine.rows, scratch.ready, scratch.wide_k, scratch.wide_v);
+    mine.seek(column);
+    if (mine.done() || mine.column() != column) return nullptr;
+    const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+    const int64_t key_head = head / (call.heads / call.key_heads);
+    const Place at{batch, head, mine.first_row, mine.rows, first_key, keys};
+    const Rows k = keys_of(call, batch, key_head, first_key, keys, scratch.wide_k);
+    const Rows v = values_of(call, batch, key_head, first_key, keys, scratch.wide_v);
+    return tile_gradients(g, mine, at, k, v, scratch.ready, scratch.weights, scratch.d_scores, scratch.slopes).scores;
+}
+
+// How many owners a bias has: for each of its batch rows and heads, its tiles of rows and of keys.
+static void bias_owner(const Gradients& g, int64_t index, int64_t (&owner)[4]) {
+    const int64_t rows = tiles_of(g.bias_sizes[2]), keys = tiles_of(g.bias_sizes[3]);
+    owner[3] = index % keys, index /= keys;
+    owner[2] = index % rows, index /= rows;
+    owner[1] = index % g.bias_sizes[1], owner[0] = index / g.bias_sizes[1];
+}
+
+static void bias_gradient(const Gradients& g, int64_t index, char* scratch) {
+    const Call& call = g.call;
+    const TileScratch parts = tile_scratch(call, scratch);
+    float* total = reinterpret_cast<float*>(scratch + score_gradient_bytes(call)) - tile * tile;
+    memset(total, 0, sizeof(float) * tile * tile);
+    int64_t owner[4];
+    bias_owner(g, index, owner);
+    // An axis on which one entry stands for all is gone through here; each has its place in `from` … `to`.
+    const int64_t all[4] = {call.batch, call.heads, tiles_of(call.queries), tiles_of(call.keys)};
+    int64_t from[4], to[4];
+    for (int axis = 0; axis < 4; ++axis) {
+        const bool shared = g.bias_sizes[axis] == 1;
+        from[axis] = shared ? 0 : owner[axis], to[axis] = shared ? all[axis] : owner[axis] + 1;
+    }
+    const bool rows_shared = g.bias_sizes[2] == 1, keys_shared = g.bias_sizes[3] == 1;
+    for (int64_t batch = from[0]; batch < to[0]; ++batch)
+        for (int64_t head = from[1]; head < to[1]; ++head)
+            for (int64_t row_tile = from[2]; row_tile < to[2]; ++row_tile)
+                for (int64_t column = from[3]; column < to[3]; ++column) {
+                    const float* found = one_tile(g, batch, head, row_tile, column, column > from[3], parts);
+                    if (!found) continue;
+                    const int64_t rows = least(call.queries - row_tile * tile, tile);
+                    const int64_t keys = least(call.keys - column * tile, tile);
+                    for (int64_t key = 0; key < keys; ++key)
+                        for (int64_t row = 0; row < rows; ++row)
+                            total[(keys_shared ? 0 : key * tile) + (rows_shared ? 0 : row)] += found[key * tile + row];
+                }
+    const int64_t first_row = owner[2] * tile, first_key = owner[3] * tile;
+    const int64_t rows = least(g.bias_sizes[2] - first_row, tile), keys = least(g.bias_sizes[3] - first_key, tile);
+    float* out = g.d_bias + (owner[0] * g.bias_sizes[1] + owner[1]) * g.bias_sizes[2] * g.bias_sizes[3];
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t key = 0; key < keys; ++key)
+            out[(first_row + row) * g.bias_sizes[3] + first_key + key] = total[key * tile + row];
+}
+
+// All tiles on one diagonal of tiles (row tile − column = diagonal), of one head: 128 sums, sums[64 + row − key].
+static void distance_gradient(const Gradients& g, int64_t index, double* sums, char* scratch) {
+    const Call& call = g.call;
+    const TileScratch parts = tile_scratch(call, scratch);
+    const int64_t row_tiles = tiles_of(call.queries), columns = tiles_of(call.keys), diagonals = row_tiles + columns - 1;
+    const int64_t diagonal = index % diagonals - (columns - 1), head = index / diagonals % call.heads;
+    const int64_t owner = index / diagonals / call.heads;
+    for (int n = 0; n < 2 * tile; ++n) sums[n] = 0;
+    const bool shared = g.distance_batches == 1;
+    for (int64_t batch = shared ? 0 : owner; batch < (shared ? call.batch : owner + 1); ++batch)
+        for (int64_t row_tile = most(diagonal, 0); row_tile < least(row_tiles, columns + diagonal); ++row_tile) {
+            const float* found = one_tile(g, batch, head, row_tile, row_tile - diagonal, false, parts);
+            if (!found) continue;
+            const int64_t rows = least(call.queries - row_tile * tile, tile);
+            const int64_t keys = least(call.keys - (row_tile - diagonal) * tile, tile);
+            for (int64_t key = 0; key < keys; ++key)
+                for (int64_t row = 0; row < rows; ++row) sums[tile + row - key] += found[key * tile + row];
+        }
+}
