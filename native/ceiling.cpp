@@ -27,7 +27,7 @@ constexpr size_t stream = size_t{1} << 30;  // bytes to read: past the caches of
 
 using Loop = double (*)(int64_t rounds);  // how much was done: floating-point operations
 
-volatile float kept;  // what a loop computed ends here, so that no compiler drops the loop
+thread_local volatile float kept;  // what a loop computed ends here, so that no compiler drops the loop
 
 // The wall time of piece(0), …, piece(threads − 1), each on a thread of its own.
 template <typename Piece>
