@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.bench.results import Measured, Results, Verdict
+from foveate.bench.results import Measured, Results, Verdict, counted
 from foveate.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ BLUE, ORANGE, GREY, GREEN = (
     "#009e73",
 )  # Okabe and Ito: told apart without red and green
 _BAR, _HEAD = 0.235, 0.42  # inches: one bar, and the heading of a section
+_CURVE, _GAP = 4.1, 1.15  # inches: a curve, and what is under it
 
 
 def picture(results: Results, path: Path) -> None:
@@ -32,7 +33,7 @@ def picture(results: Results, path: Path) -> None:
         raise InvalidInput('drawing needs matplotlib: pip install "foveate[see]"') from missing
 
     bars, curves = _sections(results), any(row.sweep for row in results.rows)
-    tall = max(4.2 if curves else 1.0, sum(_HEAD + _BAR * len(section) for _, section in bars))
+    tall = max(2 * (_CURVE + _GAP) + 1.0 if curves else 1.0, sum(_HEAD + _BAR * len(section) for _, section in bars))
     top, bottom, wide = 1.5, 0.75, 13.6 if curves else 8.6
     style: Any = {"font.family": "DejaVu Sans", "svg.hashsalt": "foveate", "axes.edgecolor": QUIET, "text.color": INK}
     with rc_context(style):
@@ -46,10 +47,11 @@ def picture(results: Results, path: Path) -> None:
             axes = figure.add_axes((4.2 / wide, bottom / high, 4.1 / wide, tall / high))
             _bars(axes, bars, tall)
         if curves:
-            each = min(4.2, (tall - 1.0) / 2)
             for place, sweep in enumerate(("length", "density")):
-                at = 1 - (top + each + place * (each + 1.15)) / high
-                _curve(figure.add_axes((9.25 / wide, at, 4.0 / wide, each / high)), results, sweep)
+                at = 1 - (top + _CURVE + place * (_CURVE + _GAP)) / high
+                _curve(figure.add_axes((9.25 / wide, at, 4.0 / wide, _CURVE / high)), results, sweep)
+            at = 1 - (top + 2 * (_CURVE + _GAP) + 1.0) / high
+            _facts(figure.add_axes((9.25 / wide, at, 4.0 / wide, 1.0 / high)), results)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -57,8 +59,8 @@ def _where(results: Results) -> str:
     about = results.about
     small = " · short shapes: these figures mean nothing" if about["quick"] else ""
     return (
-        f"{about['machine']['cpu']}, {about['threads']} threads · torch {about['versions']['torch']} · "
-        f"the worst of {about['runs']} runs · {about['date'][:10]}{small}"
+        f"{about['machine']['cpu']}, {counted(about['threads'], 'thread')} · torch {about['versions']['torch']} · "
+        f"the worst of {counted(about['runs'], 'run')} · {about['date'][:10]}{small}"
     )
 
 
@@ -81,8 +83,10 @@ def _bars(axes: Axes, sections: Sequence[tuple[str, list[tuple[Measured, Verdict
     low = 2 ** math.floor(math.log2(min([0.5, *known])))
     high = 2 ** math.ceil(math.log2(1.3 * max([2.0, *known, *wanted])))
     axes.set(xscale="log", xlim=(low, high), ylim=(tall, 0), facecolor=PAPER, yticks=[])
-    ticks = [2.0**power for power in range(round(math.log2(low)), round(math.log2(high)) + 1)]
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], size=8.5)
+    powers = range(round(math.log2(low)), round(math.log2(high)) + 1)
+    ticks = [power for power in powers if len(powers) < 10 or power % 2 == 0]
+    labels = [f"{2**power}×" if power >= 0 else f"1/{2**-power}×" for power in ticks]
+    axes.set_xticks([2.0**power for power in ticks], labels, size=8.5)
     axes.minorticks_off()
     axes.tick_params(length=0, colors=QUIET, labeltop=True)
     axes.spines[:].set_visible(False)
@@ -157,6 +161,22 @@ def _curve(axes: Axes, results: Results, sweep: str) -> None:
         _by_length(axes, rows)
     else:
         _by_density(axes, rows)
+
+
+def _facts(axes: Axes, results: Results) -> None:
+    """The claims that are no ratios, as lines of text: percent of the machine's peak, and megabytes."""
+    axes.set_axis_off()
+    axes.set(xlim=(0, 4), ylim=(1, 0))  # inches
+    lines = [(row.name, claim) for row in results.rows for claim in row.claims if claim.unit != "×"]
+    if lines:
+        axes.text(0, -0.1, "Of the machine's peak, and memory", size=11, weight="bold", va="center")
+    for place, (name, claim) in enumerate(lines):
+        y = 0.2 + 0.2 * place
+        found = "no figure" if claim.worst is None else f"{claim.worst:.3g} {claim.unit}"
+        sign, color = "≤" if claim.bound == "at most" else "≥", ORANGE if claim.met is False else BLUE
+        axes.text(0, y, name.replace(" D=64, memory of", ",").replace("causal & ", ""), size=8.5, va="center")
+        axes.text(3.4, y, found, size=8.5, va="center", ha="right", color=color, weight="bold")
+        axes.text(4, y, f"{sign} {claim.target:g} {claim.unit}", size=8.5, va="center", ha="right", color=QUIET)
 
 
 def _by_length(axes: Axes, rows: Sequence[Measured]) -> None:

@@ -153,3 +153,8 @@ def before(old: Results) -> dict[tuple[str, str, str], float]:
         for claim in row.claims
         if claim.worst is not None
     }
+
+
+def counted(number: int, thing: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from foveate.bench.results import Figure, Measured, Results, Verdict, before
+from foveate.bench.results import Figure, Measured, Results, Verdict, before, counted
 
 
 def show(results: Results, console: Console, *, old: Results | None = None) -> None:
@@ -44,7 +44,7 @@ def _machine(results: Results) -> str:
     about = results.about
     machine, kernels = about["machine"], about["kernels"]
     return (
-        f"{machine['cpu']}, {about['threads']} threads · torch {about['versions']['torch']} "
+        f"{machine['cpu']}, {counted(about['threads'], 'thread')} · torch {about['versions']['torch']} "
         f"({machine['torch_capability']}) · kernels: {kernels[0] if kernels else 'none'}"
     )
 
