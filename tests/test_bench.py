@@ -310,6 +310,7 @@ def test_a_wrong_result_of_ours_is_exit_code_1(
         (("softmax", "--out", "found.pdf"), "ends in .pdf: wanted one of .json, .csv, .png, .svg"),
         (("softmax", "--out", "no/such/folder/found.json"), "the folder no/such/folder does not exist"),
         (("softmax", "--compare", "nowhere.json"), "cannot read nowhere.json"),
+        (("softmax", "--json", "--compare", "nowhere.json"), "--json prints the results alone"),
         (("show", "nowhere.json"), "cannot read nowhere.json"),
         (("show", "pyproject.toml"), "pyproject.toml is not JSON"),
         (("preferences", "nowhere.json"), "cannot read nowhere.json"),
@@ -329,7 +330,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[]", "has schema nothing"), ('{"schema": 9}', "has schema 9"), ('{"schema": 1, "rows": [{}]}', "is damaged")],
+    [
+        ("[]", "has schema nothing"),
+        ('{"schema": 9}', "has schema 9"),
+        ('{"schema": 1, "about": {}, "rows": []}', "is damaged ('date')"),
+    ],
 )
 def test_damaged_results_are_one_sentence(
     text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

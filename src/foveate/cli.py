@@ -178,11 +178,10 @@ def bench_softmax(
 
     from foveate.bench.about import about, ceilings
     from foveate.bench.measuring import measure
-    from foveate.bench.results import Results, read
+    from foveate.bench.results import Results
     from foveate.bench.tables import chosen
 
-    paths = [_checked_path(path, _BENCH_SUFFIXES) for path in out or []]
-    old = None if compare is None else read(compare)
+    paths, old = _checked_outputs(out, compare, json=json)
     rows = chosen(only, quick=quick)
     errors = Console(stderr=True)
     columns = (
@@ -215,8 +214,8 @@ def bench_show(
     """Show results again, write them in another form, or compare them with earlier ones; nothing is measured."""
     from foveate.bench.results import read
 
-    paths = [_checked_path(path, _BENCH_SUFFIXES) for path in out or []]
-    _deliver(read(results), paths, json=json, old=None if compare is None else read(compare))
+    paths, old = _checked_outputs(out, compare, json=json)
+    _deliver(read(results), paths, json=json, old=old)
 
 
 @bench.command("preferences")
@@ -230,6 +229,16 @@ def bench_preferences(
     from foveate.bench.results import read
 
     typer.echo(json.dumps(preferences(read(results)), indent=1))
+
+
+def _checked_outputs(out: list[Path] | None, compare: Path | None, *, json: bool) -> tuple[list[Path], Results | None]:
+    """The files to write, and earlier results: read before anything is measured."""
+    from foveate.bench.results import read
+
+    if json and compare is not None:
+        raise InvalidInput("--json prints the results alone: leave out --compare, or --json to read the comparison")
+    paths = [_checked_path(path, _BENCH_SUFFIXES) for path in out or []]
+    return paths, None if compare is None else read(compare)
 
 
 def _deliver(results: Results, paths: list[Path], *, json: bool, old: Results | None) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from foveate.errors import InvalidInput
 
 SCHEMA = 1
+_ABOUT = ("date", "machine", "kernels", "versions", "threads", "ceilings", "quick", "runs")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def read(path: Path) -> Results:
         given = tree.get("schema", "nothing") if isinstance(tree, dict) else "nothing"
         raise InvalidInput(f"{path} has schema {given}: wanted results of schema {SCHEMA}; measure again")
     try:
+        for name in _ABOUT:
+            tree["about"][name]
         return Results(tree["about"], [_measured(row) for row in tree["rows"]])
     except (TypeError, KeyError, AttributeError) as error:
         raise InvalidInput(f"{path} is damaged ({error}): wanted results of schema {SCHEMA}; measure again") from error
