@@ -127,17 +127,18 @@ def test_a_wrong_gradient_or_a_hidden_nan_has_no_figure(monkeypatch: pytest.Monk
     assert _measure(_row(FULL)).figures["native"].refused == "wrong: out is not finite"
 
 
-def test_half_the_keys_lost_is_noticed_in_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eighth_of_the_keys_lost_is_noticed_in_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contestants.attention
 
     def forgetful(q: Tensor, k: Tensor, v: Tensor, *pattern: object, backend: str) -> Tensor:
-        half = k.shape[2] // 2
-        return right(q, k[:, :, :half], v[:, :, :half])
+        most = k.shape[2] * 7 // 8
+        return right(q, k[:, :, :most], v[:, :, :most])
 
     monkeypatch.setattr(contestants, "attention", forgetful)
     for dtype in ("fp32", "bf16"):
-        row = replace(_row(f"{dtype} decode, 2048 keys, 32/8 heads D=128"), contestants=("native",), claims=())
-        assert _measure(row).figures["native"].wrong
+        row = _row(f"{dtype} decode, 2048 keys, 32/8 heads D=128")
+        long = replace(row, keys=65536, heads=2, key_heads=1, contestants=("native",), claims=())
+        assert _measure(long).figures["native"].wrong
 
 
 @pytest.mark.parametrize("damage", ["indices", "weights", "rest", "received", "lse"])
@@ -199,7 +200,9 @@ def test_never_behind_forgives_the_noise_and_no_more() -> None:
 
 
 def test_memory_is_what_a_call_needs_beside_what_it_returns() -> None:
-    row = replace(_row("fp32 causal & window(32) N=4096 D=64, memory of forward"), queries=1024, keys=1024)
+    long = _row("fp32 causal & window(32) N=4096 D=64, memory of forward")
+    assert memory.megabytes(long, "native")[0] < 4  # its output alone is 8.4 MB
+    row = replace(long, queries=1024, keys=1024)
     grown, complaint = memory.megabytes(row, "eager")
     assert complaint == ""
     assert 2 * 4e-6 * 8 * 1024**2 < grown < 8 * 4e-6 * 8 * 1024**2  # scores and weights, 33.6 MB each

@@ -133,7 +133,7 @@ def _visible(pattern: Pattern | None, row: Row, rows: Tensor) -> Tensor | None:
 
 def _rounding(dtype: torch.dtype, true: Tensor) -> float:
     most = float(true.abs().max())
-    # An output is a mean of many values, far below 1: in a narrow dtype 2·eps alone would forgive half the keys lost.
+    # An output is a mean of many values, far below 1: in a narrow dtype 2·eps alone would forgive many keys lost.
     return 2 * torch.finfo(dtype).eps * (max(1.0, most) if dtype == torch.float32 else most)
 
 
