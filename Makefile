@@ -39,8 +39,8 @@ asan: ## run the kernels' sweep under AddressSanitizer and UBSan (needs cmake an
 	@cmake -S . -B build/asan -DFOVEATE_SWEEP=ON >/dev/null && cmake --build build/asan --parallel 2 >/dev/null
 	@build/asan/sweep
 
-bench: $(VENV)/.dev ## measure what a window costs beside PyTorch, into benchmarks/results/
-	@$(BIN)/python benchmarks/window.py
+bench: $(VENV)/.dev ## measure beside PyTorch, into benchmarks/results/ (a quarter of an hour; close what else runs)
+	@$(BIN)/foveate bench softmax $(foreach kind,json csv svg,--out benchmarks/results/softmax.$(kind)) $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet

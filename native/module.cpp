@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "ceiling.hpp"
 
 namespace nb = nanobind;
 using Matrix = std::array<int64_t, 4>;  // address, then the strides of batch, head and row
@@ -111,9 +112,22 @@ static std::vector<std::string> kernels() {
     return found;
 }
 
+static double ceiling(const std::string& what, int threads) {
+    nb::gil_scoped_release release;
+    return foveate::ceiling(what, threads);
+}
+
+#ifdef __clang__
+constexpr const char* compiler = "clang " __clang_version__;
+#else
+constexpr const char* compiler = "g++ " __VERSION__;
+#endif
+
 NB_MODULE(_native, module) {
     module.doc() = "Attention kernels for CPUs.";
     module.attr("tile") = int(foveate::tile);
+    module.attr("compiler") = compiler;
+    module.def("ceiling", &ceiling, nb::arg("what"), nb::arg("threads"), "The most this machine can do.");
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));

@@ -1,9 +1,13 @@
 """The compiled kernels for CPUs; absent where no compiler was there to build them."""
 
 tile: int
+compiler: str
 
 def kernels() -> list[str]:
     """The kernels that run on this machine, the best first."""
+
+def ceiling(what: str, threads: int) -> float:
+    """The most this machine can do: GFLOP/s for "float32" and "bfloat16" (0 without instructions), GB/s for "read"."""
 
 def forward(
     dtype: int,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from foveate.errors import FoveateError, InvalidInput
+
+if TYPE_CHECKING:
+    from foveate.bench.results import Results
 
 try:
     import typer
@@ -20,7 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure Foveate beside its peers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 _SUFFIXES = (".html", ".png", ".svg")
+_BENCH_SUFFIXES = (".json", ".csv", ".png", ".svg")
 
 
 def _version(wanted: bool) -> None:
@@ -79,9 +86,9 @@ def see(
         console.print(f"wrote {path}", highlight=False)
 
 
-def _checked_path(path: Path) -> Path:
-    if path.suffix not in _SUFFIXES:
-        raise InvalidInput(f"--out {path} ends in {path.suffix or 'nothing'}: wanted one of {', '.join(_SUFFIXES)}")
+def _checked_path(path: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
+    if path.suffix not in suffixes:
+        raise InvalidInput(f"--out {path} ends in {path.suffix or 'nothing'}: wanted one of {', '.join(suffixes)}")
     if not path.absolute().parent.is_dir():
         raise InvalidInput(f"--out {path}: the folder {path.parent} does not exist")
     return path
@@ -144,6 +151,121 @@ def patterns(
         dots = pattern.picture(16, 16).replace("1", "■").replace(".", "·")
         pictures.append(Panel(Text(dots), title=Text(name), width=max(35, min(len(name) + 6, 52)), padding=0))
     console.print(Columns(pictures))
+
+
+_Out = Annotated[
+    list[Path] | None,
+    typer.Option(help="Also write results (.json), claims (.csv) or a picture (.png, .svg); may be repeated."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
+_Compare = Annotated[Path | None, typer.Option(help="Earlier results (.json): show what changed.")]
+
+
+@bench.command("softmax")
+def bench_softmax(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only rows with this text in their name or section.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="How often each row is measured; the worst counts.", min=1)] = 3,
+    quick: Annotated[bool, typer.Option(help="Short shapes and no compiler: to test the benchmark.")] = False,
+) -> None:
+    """Softmax attention beside PyTorch's SDPA, FlexAttention and others, each checked before it is timed."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from foveate.bench.about import about, ceilings
+    from foveate.bench.measuring import measure
+    from foveate.bench.results import Results
+    from foveate.bench.tables import chosen
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(only, quick=quick)
+    errors = Console(stderr=True)
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[row]}"),
+    )
+    measured = []
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(rows), row="the ceilings of this machine")
+        tops = ceilings(row.ceiling for row in rows if not row.weighs_memory)
+        facts = about(tops, quick=quick, runs=runs)
+        left_out = {"flex": "left out by --quick: it compiles for half a minute"} if quick else {}
+        seconds = 0.01 if quick else 0.5
+        for row in rows:
+            progress.update(task, row=row.name)
+            measured.append(measure(row, runs=runs, ceilings=tops, seconds=seconds, left_out=left_out))
+            progress.advance(task)
+    _deliver(Results(facts, measured), paths, json=json, old=old)
+
+
+@bench.command("show")
+def bench_show(
+    results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+) -> None:
+    """Show results again, write them in another form, or compare them with earlier ones; nothing is measured."""
+    from foveate.bench.results import read
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    _deliver(read(results), paths, json=json, old=old)
+
+
+@bench.command("preferences")
+def bench_preferences(
+    results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
+) -> None:
+    """Print, as JSON, for which calls our kernels were at least as fast as PyTorch's."""
+    import json
+
+    from foveate.bench.preferences import preferences
+    from foveate.bench.results import read
+
+    typer.echo(json.dumps(preferences(read(results)), indent=1))
+
+
+def _checked_outputs(out: list[Path] | None, compare: Path | None, *, json: bool) -> tuple[list[Path], Results | None]:
+    """The files to write, and earlier results: read before anything is measured."""
+    from foveate.bench.results import read
+
+    if json and compare is not None:
+        raise InvalidInput("--json prints the results alone: leave out --compare, or --json to read the comparison")
+    paths = [_checked_path(path, _BENCH_SUFFIXES) for path in out or []]
+    return paths, None if compare is None else read(compare)
+
+
+def _deliver(results: Results, paths: list[Path], *, json: bool, old: Results | None) -> None:
+    """Print, write, and end with exit code 1 if a result of ours was not the truth."""
+    from rich.console import Console
+
+    from foveate.bench.picture import picture
+    from foveate.bench.results import to_csv, to_json
+    from foveate.bench.terminal import show
+
+    if json:
+        typer.echo(to_json(results), nl=False)
+    else:
+        console = Console(emoji=False, highlight=False)
+        if not console.is_terminal:
+            console.width = 160  # a file has no edge to wrap at
+        show(results, console, old=old)
+    for path in paths:
+        if path.suffix in (".png", ".svg"):
+            picture(results, path)
+        else:
+            path.write_text(to_json(results) if path.suffix == ".json" else to_csv(results), encoding="utf-8")
+        typer.echo(f"wrote {path}", err=True)
+    if results.wrong():
+        for words in results.wrong():
+            typer.echo(f"foveate: {words}", err=True)
+        raise typer.Exit(1)
 
 
 def main() -> None:
