@@ -6,6 +6,7 @@ heads without a repeated k or v, any strides with a unit last one. `native/` hol
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,41 @@ class _Arguments(NamedTuple):
     threads: int
 
 
+def leads(problem: Problem) -> bool:
+    """Whether these kernels take no longer than PyTorch's fused one, as measured: docs/benchmarks.md.
+
+    A short call is overhead, and memory limits one query against many keys: there PyTorch keeps its place.
+    """
+    if _native is None:
+        return False
+    dtype, trains = problem.q.dtype, problem.needs_gradient
+    if dtype == torch.bfloat16 and not _has_pairs():
+        return False
+    if torch.compiler.is_compiling():  # a graph serves every length
+        return not (dtype == torch.bfloat16 and trains)
+    batch, heads, queries, keys = problem.shape
+    dim = problem.q.shape[3]
+    if batch * heads * queries * keys * dim < _SHORT:
+        return False
+    if queries <= _DECODING:
+        return dtype == torch.float16 or (problem.group > 1 and keys >= _LONG)
+    if dtype == torch.float32:
+        return queries >= TILE
+    if dtype == torch.bfloat16:
+        return queries <= 1024 and dim <= 64 if trains else dim < 128 or (dim == 128 and queries >= 512)
+    return True
+
+
+# The limits that `leads` names: products in a call, queries of decoding, and keys from which grouped heads gain by it.
+_SHORT, _DECODING, _LONG = 1 << 23, 4, 2048
+
+
+@functools.cache
+def _has_pairs() -> bool:
+    """Whether the kernel of this machine multiplies bfloat16 as it is."""
+    return bool(_native.kernels()[0] in ("amx", "avx512bf16"))
+
+
 def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
@@ -126,7 +162,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> None:
         batch, heads, queries, dim = q.shape
         keys = k.shape[2] if pages is None else pages.capacity
-        self.alive = [_readable(x) for x in (q, k, v)]
+        self.alive = [_readable(q), _readable(k), _readable(v)]
         self.sizes = (batch, heads, k.shape[1], queries, keys, dim, v.shape[3])
         self.dtype = _DTYPES[q.dtype]
         self.given = given
@@ -194,8 +230,9 @@ class _Call:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    batch, heads, queries, dim = q.shape
+    out = torch.empty((batch, heads, queries, v.shape[3]), dtype=q.dtype)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32)
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
         _native.forward(*call.arguments(out, lse))
