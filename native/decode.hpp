@@ -160,7 +160,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
             }
             mine[1] += sum_of(sum);
         }
-        if (all == ~0ull || finite(v, keys, value_dim)) {
+        if ((all == ~0ull && !call.bias) || finite(v, keys, value_dim)) {
             const Rows whole = whole_vectors(v, keys, value_dim, wide_v);
             products<false, Into::added>(scores, rows, tile, whole.data, whole.stride, keys, value_wide / lanes, part + 2, floats);
         } else {  // a weight of 0 hides its value, whatever that holds
