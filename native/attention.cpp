@@ -139,8 +139,9 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;
     const int64_t columns = tiles_of(call.keys);
     // Stretches of 512 keys and more, about 64 pieces in all; their number depends on the call alone, and so do the sums.
+    // None is longer than 2,048 keys: its tiles are summed one after the other, and a long row would be rounded too often.
     const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, groups));
-    const int64_t stretch = std::max<int64_t>(8, (columns + wanted - 1) / wanted), count = (columns + stretch - 1) / stretch;
+    const int64_t stretch = std::clamp<int64_t>((columns + wanted - 1) / wanted, 8, 32), count = (columns + stretch - 1) / stretch;
     const int64_t floats = kernel.part_floats(call) * rows;
     std::unique_ptr<float[]> parts(new float[static_cast<size_t>(groups * count * floats)]);
     const int64_t bytes = kernel.decode_bytes(call);
