@@ -181,7 +181,7 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const Call& call = gradients.call;
     threads = threads_for(3 * products_of(call), threads);
     const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
-    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / (call.dim + call.value_dim))));
+    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / std::max<int64_t>(1, call.dim + call.value_dim))));
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
     gradients.passed = passed.data();

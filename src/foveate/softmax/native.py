@@ -205,7 +205,7 @@ def _backward(
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix.
     d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
-    if q.numel() and k.numel() and out.numel():
+    if lse.numel():
         call = _Call(q, k, v, given)
         d_out, out = _readable(d_out), _readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
@@ -343,7 +343,7 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     weights = torch.empty(batch, heads, queries, top)
     rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
     received = torch.zeros(batch, heads, keys)
-    if indices.numel():
+    if lse.numel():
         call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
         out = problem.q  # nothing is written there
         _native.looked(
