@@ -221,6 +221,8 @@ void looked(const Looked& given, const Kernel& kernel, int threads) {
     threads = threads_for(products_of(call), threads);
     const int64_t bytes = kernel.looked_bytes(looked), heads = call.batch * call.heads;
     const Bands single(call, 1), bands(call, most_tiles);
+    std::unique_ptr<float[]> of_rows(new float[static_cast<size_t>(2 * heads * call.queries)]);
+    looked.bases = of_rows.get(), looked.factors = of_rows.get() + heads * call.queries;
     spread(threads, heads * single.count, [&](int64_t n) {
         const int64_t at = n / single.count;
         kernel.rows_looked(looked, single.at(at / call.heads, at % call.heads, n % single.count), scratch_of(bytes));
