@@ -29,6 +29,7 @@ except ImportError:
 _TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
+_FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -105,7 +106,7 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     simple = reach(problem.pattern)
     if simple is not None:
         pattern, held, lengths = "", [], simple.lengths
-        left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
+        left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
