@@ -92,14 +92,15 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
             const float sunk = sinks ? exp2f(sink - base[row]) : 0.0f;
             const float others = moment[row] - (sunk == 0 ? 0.0f : sunk * (sink - base[row]));
             looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(((1 - sunk * factor) * log_sum - others * factor) * ln2);
-            float kept = 0;
+            double kept = 0;
             for (int64_t n = 0; n < top; ++n) {
                 const int64_t place = (out + row) * top + n;
                 const float weight = places[row * top + n] < 0 ? 0.0f : exp2f(heaviest[row * top + n] - base[row]) * factor;
                 looked.indices[place] = places[row * top + n], looked.weights[place] = weight;
                 kept += weight;
             }
-            looked.rest[out + row] = sum == 0 ? 0.0f : above_zero(1 - sunk * factor - kept);
+            const bool all_kept = top && places[row * top + top - 1] < 0 && sum == sum;
+            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1 - sunk * factor - kept));
         }
     }
 }
