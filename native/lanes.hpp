@@ -9,13 +9,14 @@ constexpr int lanes = 8;
 constexpr int lanes = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * lanes), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * lanes), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * lanes), may_alias));
+typedef float Loose __attribute__((vector_size(4 * lanes), aligned(2), may_alias));  // in memory: bfloat16 comes here too
 
 static inline Floats spread(float x) { return x - Floats{}; }  // x − 0 is x, −0 too: a plain broadcast
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
+static inline Floats load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+static inline void store(float* p, Floats x) { *reinterpret_cast<Loose*>(p) = x; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // where one is NaN: b
 static inline Ints bits_of(Floats x) { return reinterpret_cast<Ints&>(x); }
 static inline Floats floats_of(Ints x) { return reinterpret_cast<Floats&>(x); }

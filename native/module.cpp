@@ -108,7 +108,7 @@ static std::vector<std::string> kernels() {
     const foveate::Kernel* const* known;
     const int64_t count = foveate::known_kernels(&known);
     for (int64_t n = 0; n < count; ++n)
-        if (foveate::runs_here(*known[n])) found.emplace_back(known[n]->name);
+        if (!foveate::why_not_here(*known[n])) found.emplace_back(known[n]->name);
     return found;
 }
 
