@@ -156,7 +156,7 @@ inline void Case::draw_sizes() {
     }
     if (kind != Kind::backward && chance(3)) keys = 0;
     if (keys && (kind == Kind::paged || kind == Kind::paged_decode)) {
-        page_size = pick({1, 7, 16, 64, 100, 128});
+        page_size = pick({1, 7, 16, 63, 64, 128});
         page_row = (keys + page_size - 1) / page_size;
         keys = page_row * page_size;  // as many as the table has room for
         pages = batch * page_row;
