@@ -43,6 +43,11 @@ namespace {
 bool is(const Kernel& kernel, const char* name) { return !std::strcmp(kernel.name, name); }
 
 #if defined(__x86_64__)
+bool converts_float16() {  // F16C, a word that not every compiler knows
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 bool has_matrix_unit() {
     unsigned a, b, c, d = 0;
     const unsigned bf16 = 1u << 22, tiles = 1u << 24;
@@ -62,7 +67,8 @@ bool may_use_matrix_unit() {
 
 const char* lacking(const Kernel& kernel) {
     if (is(kernel, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                       converts_float16()
                    ? nullptr
                    : "the processor has no AVX2";
     if (is(kernel, "baseline")) return nullptr;

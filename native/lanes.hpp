@@ -116,20 +116,32 @@ static inline float sum_of(Floats x) {
     return halves[0];
 }
 
-// A square of lanes × lanes, rows to columns: log₂(lanes) rounds that swap blocks of 1, 2, 4… entries.
+// Two vectors in blocks of `step` lanes: a₀ b₀ a₂ b₂ … and a₁ b₁ a₃ b₃ …
 template <int step>
-static inline void swap_blocks(Floats (&square)[lanes]) {
+static inline void sort_blocks(Floats a, Floats b, Floats& even, Floats& odd) {
+#if defined(__clang__)  // has no shuffle by a vector, and makes one of these lanes
+    for (int lane = 0; lane < lanes; ++lane) {
+        even[lane] = lane & step ? b[lane - step] : a[lane];
+        odd[lane] = lane & step ? b[lane] : a[lane + step];
+    }
+#else
     Ints low, high;
     for (int lane = 0; lane < lanes; ++lane) {
         const bool second = lane & step;
         low[lane] = second ? lanes + lane - step : lane;
         high[lane] = second ? lanes + lane : lane + step;
     }
+    even = __builtin_shuffle(a, b, low), odd = __builtin_shuffle(a, b, high);
+#endif
+}
+
+// A square of lanes × lanes, rows to columns: log₂(lanes) rounds that swap blocks of 1, 2, 4… entries.
+template <int step>
+static inline void swap_blocks(Floats (&square)[lanes]) {
     for (int row = 0; row < lanes; ++row)
         if (!(row & step)) {
             const Floats a = square[row], b = square[row + step];
-            square[row] = __builtin_shuffle(a, b, low);
-            square[row + step] = __builtin_shuffle(a, b, high);
+            sort_blocks<step>(a, b, square[row], square[row + step]);
         }
 }
 
@@ -147,15 +159,10 @@ static inline void flip(Floats (&square)[lanes]) {
 // The sums over the lanes of as many vectors as there are lanes: lane n holds that of vector n.
 template <int step>
 static inline void fold_blocks(Floats (&square)[lanes]) {
-    Ints low, high;
-    for (int lane = 0; lane < lanes; ++lane) {
-        const bool second = lane & step;
-        low[lane] = second ? lanes + lane - step : lane;
-        high[lane] = second ? lanes + lane : lane + step;
-    }
     for (int row = 0; row < lanes; row += 2 * step) {
-        const Floats a = square[row], b = square[row + step];
-        square[row] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+        Floats even, odd;
+        sort_blocks<step>(square[row], square[row + step], even, odd);
+        square[row] = even + odd;
     }
 }
 
