@@ -3,6 +3,7 @@
 //
 // Here keys lie in the lanes: a row's scores are dot products over the dimension, folded lanes × lanes at a time.
 constexpr int64_t most_rows = 64;  // query heads of a group × queries
+constexpr int64_t columns_in_stretch = 8, stretch = columns_in_stretch * tile;  // long reads: memory is what limits here
 
 // A row is query `row % queries` of the group's head `row / queries`. Its part: base, sum of weights, sum of values.
 static int64_t part_floats(const Call& call) { return 2 + padded(call.value_dim); }
@@ -10,7 +11,7 @@ static inline int64_t rows_in_group(const Call& call) { return call.heads / call
 
 static int64_t decode_bytes(const Call& call) {
     const int64_t rows = rows_in_group(call);
-    return 4 * (rows * (padded(call.dim) + tile) + tile * (padded(call.dim) + padded(call.value_dim)));  // merge needs less
+    return 4 * (rows * (padded(call.dim) + stretch) + tile * (padded(call.dim) + padded(call.value_dim)));  // merge needs less
 }
 
 // scores[row][key] for some rows and `lanes / rows` keys; q has whole vectors, zeros beyond the dimension.
@@ -37,7 +38,7 @@ static inline void dots(const float* q, int64_t q_row, const float* k, int64_t k
         }
     float found[lanes];
     store(found, sums_of(sum));
-    for (int row = 0; row < rows; ++row) memcpy(scores + row * tile, found + row * keys, sizeof(float) * keys);
+    for (int row = 0; row < rows; ++row) memcpy(scores + row * stretch, found + row * keys, sizeof(float) * keys);
 }
 
 template <int rows>
@@ -50,7 +51,7 @@ static void dots_of_tile(const float* q, int64_t q_row, const Rows& k, int64_t k
             Floats sum{};
             for (int64_t d = 0; d < dim; d += lanes)
                 sum += load(q + row * q_row + d) * load_some(k.data + key * k.stride + d, dim - d);
-            scores[row * tile + key] = sum_of(sum);
+            scores[row * stretch + key] = sum_of(sum);
         }
 }
 
@@ -84,9 +85,20 @@ static void adjust_row(const Call& call, int64_t batch, int64_t head, int64_t qu
         const float* bias = call.bias + batch * steps[0] + head * steps[1] + query * steps[2] + first_key * steps[3];
         for (int64_t key = 0; key < keys; ++key) {
             const float added = bias[key * steps[3]];
-            scores[key] = added == -INFINITY ? added : scores[key] + added;
+            const float sum = scores[key] + added;
+            scores[key] = added == -INFINITY ? added : sum < lowest ? lowest : sum;
         }
     }
+}
+
+// A weight of 0 hides its value, whatever that holds.
+static void guarded_rows(const Rows& v, int64_t keys, int64_t value_dim, const float* weights, int64_t rows, float* out,
+                         int64_t out_row) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t key = 0; key < keys; ++key) {
+            const float weight = weights[row * stretch + key];
+            for (int64_t d = 0; d < value_dim && weight != 0; ++d) out[row * out_row + d] += weight * v.data[key * v.stride + d];
+        }
 }
 
 static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t first, int64_t end, float* part,
@@ -95,6 +107,8 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     const int64_t group = call.heads / call.key_heads, rows = rows_in_group(call), floats = part_floats(call);
     const bool adjusted = adjusts(call);
     const float binary = adjusted ? log2e : call.scale * log2e;
+    // Half precision is widened a few keys at a time, so that it stays in the first cache.
+    const int64_t few = call.dtype == Dtype::float32 ? tile : 16;
     float* q = reinterpret_cast<float*>(scratch);
     float* scores = q + rows * wide;
     float* wide_k = scores + rows * tile;
@@ -112,62 +126,82 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
         part[row * floats] = -INFINITY, part[row * floats + 1] = 0;
         memset(part + row * floats + 2, 0, sizeof(float) * value_wide);
     }
-    for (int64_t column = first; column < end; ++column) {
-        uint64_t seen[most_rows], some = 0, all = ~0ull;
-        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
-        for (int64_t g = 0; g < group; ++g) {
-            columns[g].seek(column);
-            for (int64_t n = 0; n < call.queries; ++n) {
-                const uint64_t word = seen_by(call, columns[g], n, column);
-                seen[g * call.queries + n] = word;
-                some |= word, all &= word;
+    for (int64_t from = first; from < end; from += columns_in_stretch) {
+        const int64_t count = least(end - from, columns_in_stretch);
+        uint64_t some[columns_in_stretch] = {}, all[columns_in_stretch];  // of a column: a row sees, every row sees
+        for (int64_t c = 0; c < count; ++c) {
+            const int64_t column = from + c, first_key = column * tile, keys = least(call.keys - first_key, tile);
+            const uint64_t inside = keys == tile ? ~0ull : (1ull << keys) - 1;
+            uint64_t seen[most_rows];
+            all[c] = inside;
+            for (int64_t g = 0; g < group; ++g) {
+                columns[g].seek(column);
+                for (int64_t n = 0; n < call.queries; ++n) {
+                    const uint64_t word = seen_by(call, columns[g], n, column) & inside;
+                    seen[g * call.queries + n] = word;
+                    some[c] |= word, all[c] &= word;
+                }
+            }
+            if (!some[c]) continue;
+            all[c] = all[c] == inside;
+            float* here = scores + c * tile;
+            for (int64_t key = 0; key < keys; key += few) {
+                const int64_t some_keys = least(few, keys - key);
+                const Rows k = keys_of(call, batch, key_head, first_key + key, some_keys, wide_k, few);
+                float* to = here + key;
+                int64_t row = 0;
+                for (; row + 4 <= rows; row += 4) dots_of_tile<4>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
+                for (; row + 2 <= rows; row += 2) dots_of_tile<2>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
+                if (row < rows) dots_of_tile<1>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
+            }
+            for (int64_t row = 0; row < rows; ++row) {
+                float* score = here + row * stretch;
+                for (int64_t key = keys; key < tile; ++key) score[key] = 0;
+                if (adjusted)
+                    adjust_row(call, batch, key_head * group + row / call.queries, row % call.queries, first_key, keys, score);
+                for (int n = 0; n < tile; n += lanes)
+                    store(score + n, pick(seen[row] >> n, load(score + n) * spread(binary), spread(-INFINITY)));
             }
         }
-        if (!some) continue;
-        const Rows k = keys_of(call, batch, key_head, first_key, keys, wide_k);
-        const Rows v = values_of(call, batch, key_head, first_key, keys, wide_v);
-        int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) dots_of_tile<4>(q + row * wide, wide, k, keys, dim, scores + row * tile);
-        for (; row + 2 <= rows; row += 2) dots_of_tile<2>(q + row * wide, wide, k, keys, dim, scores + row * tile);
-        if (row < rows) dots_of_tile<1>(q + row * wide, wide, k, keys, dim, scores + row * tile);
-        for (row = 0; row < rows; ++row) {
-            float* score = scores + row * tile;
-            for (int64_t key = keys; key < tile; ++key) score[key] = 0;
-            if (adjusted)
-                adjust_row(call, batch, key_head * group + row / call.queries, row % call.queries, first_key, keys, score);
-            const uint64_t valid = seen[row] & (keys == tile ? ~0ull : (1ull << keys) - 1);
-            Floats top = spread(-INFINITY);
-            for (int n = 0; n < tile; n += lanes) {
-                const Floats raised = pick(valid >> n, load(score + n) * spread(binary), spread(-INFINITY));
-                store(score + n, raised);
-                top = larger(raised, top);
-            }
+        for (int64_t row = 0; row < rows; ++row) {
+            float* score = scores + row * stretch;
+            Floats top = spread(-INFINITY), sum{};
+            for (int64_t c = 0; c < count; ++c)
+                for (int n = 0; n < tile && some[c]; n += lanes) top = larger(load(score + c * tile + n), top);
             float highest = -INFINITY;
             for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
             float* mine = part + row * floats;
-            if (highest > mine[0] + slack || (mine[0] == -INFINITY && highest > -INFINITY)) {
+            if (highest > mine[0] + slack) {
                 const Floats shrink = power_of_two(spread(mine[0] - highest));
                 mine[1] *= shrink[0];
                 for (int64_t d = 0; d < value_wide; d += lanes) store(mine + 2 + d, load(mine + 2 + d) * shrink);
                 mine[0] = highest;
             }
             const Floats base = spread(mine[0] == -INFINITY ? 0.0f : mine[0]);
-            Floats sum{};
-            for (int n = 0; n < tile; n += lanes) {
-                const Floats weight = power_of_two(load(score + n) - base);
-                store(score + n, weight);
-                sum += weight;
-            }
+            for (int64_t c = 0; c < count; ++c)
+                for (int n = 0; n < tile && some[c]; n += lanes) {
+                    float* place = score + c * tile + n;
+                    const Floats weight = power_of_two(load(place) - base);
+                    store(place, weight);
+                    sum += weight;
+                }
             mine[1] += sum_of(sum);
         }
-        if (all == ~0ull || finite(v, keys, value_dim)) {
-            const Rows whole = whole_vectors(v, keys, value_dim, wide_v);
-            products<false, Into::added>(scores, rows, tile, whole.data, whole.stride, keys, value_wide / lanes, part + 2, floats);
-        } else {  // a weight of 0 hides its value, whatever that holds
-            for (row = 0; row < rows; ++row)
-                for (int64_t key = 0; key < keys; ++key)
-                    for (int64_t d = 0; d < value_dim && scores[row * tile + key] != 0; ++d)
-                        part[row * floats + 2 + d] += scores[row * tile + key] * v.data[key * v.stride + d];
+        for (int64_t c = 0; c < count; ++c) {
+            if (!some[c]) continue;
+            const int64_t first_key = (from + c) * tile, keys = least(call.keys - first_key, tile);
+            for (int64_t key = 0; key < keys; key += few) {
+                const int64_t some_keys = least(few, keys - key);
+                const float* weights = scores + c * tile + key;
+                const Rows v = values_of(call, batch, key_head, first_key + key, some_keys, wide_v, few);
+                if (all[c] || finite(v, some_keys, value_dim)) {
+                    const Rows whole = whole_vectors(v, some_keys, value_dim, wide_v);
+                    products<false, Into::added>(weights, rows, stretch, whole.data, whole.stride, some_keys,
+                                                 value_wide / lanes, part + 2, floats);
+                } else {
+                    guarded_rows(v, some_keys, value_dim, weights, rows, part + 2, floats);
+                }
+            }
         }
     }
 }

@@ -242,21 +242,22 @@ static inline uint16_t narrow(float x, bool brain) {
 // A row of half precision as float32, and back.
 static void widen_row(const uint16_t* from, float* to, int64_t count, bool brain) {
     int64_t d = 0;
-    if (brain) {
-        for (; d < count; ++d) {
-            const uint32_t word = static_cast<uint32_t>(from[d]) << 16;
-            memcpy(to + d, &word, 4);
-        }
-        return;
-    }
 #if defined(FOVEATE_AVX512)
-    for (; d + 16 <= count; d += 16)
-        _mm512_storeu_ps(to + d, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d))));
+    for (; d + 16 <= count; d += 16) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d));
+        const __m512 wide = brain ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))
+                                  : _mm512_cvtph_ps(halves);
+        _mm512_storeu_ps(to + d, wide);
+    }
 #elif defined(FOVEATE_AVX2)
-    for (; d + 8 <= count; d += 8)
-        _mm256_storeu_ps(to + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d))));
+    for (; d + 8 <= count; d += 8) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d));
+        const __m256 wide = brain ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+                                  : _mm256_cvtph_ps(halves);
+        _mm256_storeu_ps(to + d, wide);
+    }
 #endif
-    for (; d < count; ++d) to[d] = widen(from[d], false);
+    for (; d < count; ++d) to[d] = widen(from[d], brain);
 }
 
 static void narrow_row(const float* from, uint16_t* to, int64_t count, bool brain) {

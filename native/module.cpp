@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "pool.hpp"
 #include "ceiling.hpp"
 
 namespace nb = nanobind;
@@ -128,6 +129,8 @@ NB_MODULE(_native, module) {
     module.attr("tile") = int(foveate::tile);
     module.attr("compiler") = compiler;
     module.def("ceiling", &ceiling, nb::arg("what"), nb::arg("threads"), "The most this machine can do.");
+    module.def("share_threads_of", [](const std::string& library) { return foveate::share_threads_of(library.c_str()); },
+               "Use the threads of an OpenMP runtime that is loaded already; whether that can be.");
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));

@@ -4,6 +4,7 @@
 static inline int64_t padded(int64_t dim) { return (dim + lanes - 1) / lanes * lanes; }
 
 // Rows of a matrix as float32: where they are, or brought together in `scratch` as whole vectors, zeros at their end.
+// While they are, memory is asked for the rows that come `ahead` of them.
 struct Rows {
     const float* data;
     int64_t stride;
@@ -17,15 +18,19 @@ static inline int64_t place_of(const Call& call, const View& view, int64_t batch
 }
 
 static Rows rows_of(const Call& call, const View& view, int64_t batch, int64_t head, int64_t first, int64_t count,
-                    int64_t dim, float* scratch, bool paged = false) {
+                    int64_t dim, float* scratch, bool paged = false, int64_t ahead = 0) {
     const bool together = !paged || first / call.page_size == (first + count - 1) / call.page_size;
     if (together && call.dtype == Dtype::float32)
         return {static_cast<const float*>(view.data) + place_of(call, view, batch, head, first, paged), view.row};
     const bool brain = call.dtype == Dtype::bfloat16;
-    const int64_t stride = padded(dim);
+    const int64_t stride = padded(dim), size = call.dtype == Dtype::float32 ? 4 : 2;
     for (int64_t n = 0; n < count; ++n) {
         const int64_t at = place_of(call, view, batch, head, first + n, paged);
         float* row = scratch + n * stride;
+        if (ahead) {  // a processor fetches ahead by itself, but not from one page of memory into another
+            const char* next = static_cast<const char*>(view.data) + size * (at + ahead * view.row);
+            for (int64_t byte = 0; byte < size * dim; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        }
         if (call.dtype == Dtype::float32)
             memcpy(row, static_cast<const float*>(view.data) + at, sizeof(float) * dim);
         else
@@ -44,11 +49,13 @@ static Rows whole_vectors(const Rows& rows, int64_t count, int64_t dim, float* s
     return {scratch, padded(dim)};
 }
 
-static Rows keys_of(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t count, float* scratch) {
-    return rows_of(call, call.k, batch, head, first, count, call.dim, scratch, call.pages);
+static Rows keys_of(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t count, float* scratch,
+                    int64_t ahead = 0) {
+    return rows_of(call, call.k, batch, head, first, count, call.dim, scratch, call.pages, ahead);
 }
-static Rows values_of(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t count, float* scratch) {
-    return rows_of(call, call.v, batch, head, first, count, call.value_dim, scratch, call.pages);
+static Rows values_of(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t count, float* scratch,
+                      int64_t ahead = 0) {
+    return rows_of(call, call.v, batch, head, first, count, call.value_dim, scratch, call.pages, ahead);
 }
 
 static bool finite(const Rows& rows, int64_t count, int64_t dim) {
@@ -91,6 +98,9 @@ static void unlay(const float* columns, int64_t count, int64_t dim, const float*
 struct Place {
     int64_t batch, head, first_row, rows, first_key, keys;
 };
+
+// A bias may be as low as float32 goes; a score stays where a multiplication by log₂e does not make it −inf.
+constexpr float lowest = -2e38f;
 
 // Scaled, capped and biased scores of a tile, for rows in the lanes; `slopes`: what the cap lets through of a gradient.
 static void adjust(const Call& call, const Place& at, float scale, int64_t active, float* scores, float* slopes) {
@@ -135,7 +145,7 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
             for (int64_t key = first; key < least(first + lanes, at.keys); ++key) {
                 float* place = scores + key * tile + n;
                 const Floats added = square[key - first];  // −inf hides, whatever the score is
-                store(place, added == spread(-INFINITY) ? added : load(place) + added);
+                store(place, added == spread(-INFINITY) ? added : larger(spread(lowest), load(place) + added));
             }
         }
     }

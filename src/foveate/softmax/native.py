@@ -26,6 +26,10 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
+if _native is not None:
+    # The kernels work on torch's own threads, where torch brings GCC's OpenMP: no second pool fights for the cores.
+    _native.share_threads_of("libgomp.so.1")
+
 _TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
