@@ -111,7 +111,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     const int64_t few = call.dtype == Dtype::float32 ? tile : 16;
     float* q = reinterpret_cast<float*>(scratch);
     float* scores = q + rows * wide;
-    float* wide_k = scores + rows * tile;
+    float* wide_k = scores + rows * stretch;
     float* wide_v = wide_k + tile * wide;
     Columns columns[most_rows];
     memset(q, 0, sizeof(float) * rows * wide);

@@ -113,7 +113,7 @@ int main(int count, char** words) {
                 score.worst[int(in.dtype)] = worse(score.worst[int(in.dtype)], error);
                 ++score.calls[int(in.dtype)];
                 if (error <= (in.kind == Kind::backward ? allowed_backward : allowed)[int(in.dtype)]) continue;
-                ++wrong;
+                if (++wrong > 20) continue;
                 std::printf("WRONG by %.2g: %s, %s %d: %s\n", error, here[at]->name, kind_names[kind], n, in.text().c_str());
             }
         }
