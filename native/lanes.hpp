@@ -256,6 +256,8 @@ static void widen_row(const uint16_t* from, float* to, int64_t count, bool brain
                                   : _mm256_cvtph_ps(halves);
         _mm256_storeu_ps(to + d, wide);
     }
+#elif defined(FOVEATE_NEON)
+    for (; d + 4 <= count && !brain; d += 4) vst1q_f32(to + d, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + d))));
 #endif
     for (; d < count; ++d) to[d] = widen(from[d], brain);
 }
@@ -277,6 +279,8 @@ static void narrow_row(const float* from, uint16_t* to, int64_t count, bool brai
 #elif defined(FOVEATE_AVX2)
     for (; d + 8 <= count; d += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d), _mm256_cvtps_ph(_mm256_loadu_ps(from + d), 0));
+#elif defined(FOVEATE_NEON)
+    for (; d + 4 <= count; d += 4) vst1_u16(to + d, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + d))));
 #endif
     for (; d < count; ++d) to[d] = narrow(from[d], false);
 }

@@ -110,9 +110,11 @@ std::mutex making;
 
 Pool& the_pool() {
     std::call_once(registered, [] {
-        pthread_atfork(nullptr, nullptr, [] {
+        // The lock is taken for the child: another thread that held it would not be there to give it back.
+        pthread_atfork([] { making.lock(); }, [] { making.unlock(); }, [] {
             pool = nullptr;
             team = Team{};
+            making.unlock();
         });
     });
     std::lock_guard<std::mutex> lock(making);
