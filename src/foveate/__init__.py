@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
-    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "weights"),
+    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "paged_attention", "weights"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
@@ -39,7 +39,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
-    from foveate.functional import attention, attention_with_lse, explain, merge, weights
+    from foveate.functional import attention, attention_with_lse, explain, merge, paged_attention, weights
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (
         bigbird,
