@@ -1,0 +1,141 @@
+"""One layer's attention, as transformers calls it: its mask, cap, bias and sinks become a pattern and a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import capture
+from foveate.dispatch import dispatch
+from foveate.errors import FoveateError, InvalidInput
+from foveate.integrations.transformers.masks import Mask
+from foveate.pattern.algebra import And, Pattern
+from foveate.pattern.catalogue import causal, documents, from_mask, window
+from foveate.pattern.positional import Causal, Window
+from foveate.problem import problem
+from foveate.score import bias, sinks
+from foveate.score import softcap as softcap_score
+
+PLAN = "foveate_plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `patch` asks of one layer: a pattern that narrows its own, and whether it may return its weights."""
+
+    pattern: Pattern | None
+    gives_weights: bool
+
+
+_PLAIN = Plan(None, gives_weights=True)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention: q, k, v `[B, H, N, D]` → out `[B, N, H, Dv]` and the weights `[B, H, Nq, Nk]`.
+
+    The weights are None unless `output_attentions=True` asks for them; then they are exact, n×n, worked out a few rows
+    at a time, and those before dropout.
+
+    Raises:
+        FoveateError: the cache or the mask is of a kind that this cannot take; the message says what to use.
+        InvalidInput: a tensor does not fit; the message says which.
+    """
+    if more.get("cache") is not None:
+        raise FoveateError(f"{type(module).__name__} uses a paged cache, which foveate does not take: use another one")
+    plan: Plan = getattr(module, PLAN, _PLAIN)
+    scores = [] if softcap is None else [softcap_score(softcap)]
+    if position_bias is not None:
+        scores.append(bias(position_bias))
+    if s_aux is not None:
+        scores.append(sinks(s_aux))
+    pattern: Pattern | None = None
+    start: int | Tensor = 0
+    if isinstance(attention_mask, Mask):
+        pattern, start = attention_mask.pattern, attention_mask.query_start
+        if attention_mask.key_start and not _depends_on_distance(plan.pattern):
+            raise FoveateError(
+                f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of "
+                f"{type(module).__name__} has let go of the first {attention_mask.key_start}: use another cache"
+            )
+    elif isinstance(attention_mask, Tensor):
+        prepared = attention_mask[..., : key.shape[2]]
+        if prepared.dtype == torch.bool:
+            pattern = from_mask(prepared)
+        else:
+            scores.append(bias(_hide_the_least(prepared)))
+        start = key.shape[2] - query.shape[2]
+    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        # No mask was made: the layer relies on being causal, from the first position on.
+        pattern = causal if sliding_window is None else causal & window(sliding_window)
+    for part in (_packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern), plan.pattern):
+        if part is not None:
+            pattern = part if pattern is None else pattern & part
+    if query.shape[0] == 1 != key.shape[0]:
+        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for every row
+    score = reduce(add, scores) if scores else None
+    call = problem(query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout)
+    out = dispatch(call).out.transpose(1, 2).contiguous()
+    wanted = plan.gives_weights and (more.get("output_attentions") or _weights_are_collected())
+    return out, capture.weights(call).to(query.dtype) if wanted else None
+
+
+def _weights_are_collected() -> bool:
+    """Whether the model was called with `output_attentions=True`, which some layers (GPT-2, OPT) don't hand on."""
+    from transformers.utils.output_capturing import _active_collector
+
+    collected = _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _packed(
+    query_ends: Tensor | None, key_ends: Tensor | None, query: Tensor, key: Tensor, pattern: Pattern | None
+) -> Pattern | None:
+    """The pattern of texts laid end to end in one row, given as flash-attn's offsets (`cu_seq_lens`)."""
+    if query_ends is None or key_ends is None:
+        return None
+    if query_ends is key_ends or (query_ends.shape == key_ends.shape and torch.equal(query_ends, key_ends)):
+        return documents(cu_seqlens=key_ends)
+    if pattern is not None:
+        raise FoveateError(
+            f"cu_seq_lens differ for queries and keys under the mask {pattern!r}: wanted the same, or no mask"
+        )
+
+    def numbers(ends: Tensor, length: int) -> Tensor:
+        at = torch.arange(length, device=ends.device)
+        number = torch.searchsorted(ends.long(), at, right=True) - 1
+        return torch.where(number < ends.shape[0] - 1, number, -1)
+
+    return documents(numbers(query_ends, query.shape[2]), numbers(key_ends, key.shape[2]))
+
+
+def _depends_on_distance(pattern: Pattern | None) -> bool:
+    """Whether a pattern is the same wherever its positions start to count."""
+    if isinstance(pattern, And):
+        return all(map(_depends_on_distance, pattern.parts))
+    return pattern is None or isinstance(pattern, Causal | Window)
+
+
+def _hide_the_least(mask: Tensor) -> Tensor:
+    """An additive mask whose lowest finite value, which stands for −inf in transformers, is −inf."""
+    if not mask.dtype.is_floating_point:
+        raise InvalidInput(f"the attention mask has dtype {mask.dtype}: wanted boolean or floating-point")
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
