@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -61,22 +60,36 @@ def test_other_ways_to_generate_equal_eager(name: str, way: str) -> None:
     generate_alike(model(name), prompt(name), **WAYS[way])
 
 
-@pytest.mark.gpu
+class NoStream:
+    """Stands in for a stream of a GPU, which offloading waits for."""
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *more: object) -> None:
+        pass
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-@pytest.mark.parametrize("cache", ["dynamic", "offloaded", "offloaded_static"])
-def test_caches_on_a_gpu_equal_eager(name: str, cache: str) -> None:
-    network = copy.deepcopy(model(name)).cuda()
-    inputs = {key: value.cuda() for key, value in prompt(name).items()}
-    generate_alike(network, inputs, cache_implementation=cache)
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_equal_eager(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.Stream", NoStream)
+    monkeypatch.setattr("torch.cuda.default_stream", lambda device: NoStream())
+    generate_alike(model(name), prompt(name), cache_implementation=cache)
 
 
-def test_assisted_decoding_equals_eager() -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_assisted_decoding_equals_eager(name: str) -> None:
+    """The assistant's guesses are taken back from the cache where the model disagrees, at a roll-over too."""
     inputs = {key: value[:1] for key, value in left_padded().items()}
+    small = type(model(name).config)(**{**model(name).config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
     torch.manual_seed(4)
-    small = {**model("llama").config.to_dict(), "num_hidden_layers": 1}
-    helper = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)).eval()
+    helper = type(model(name))(small).eval()
     with fv.patch(helper):
-        generate_alike(model("llama"), inputs, assistant_model=helper)
+        generate_alike(model(name), inputs, assistant_model=helper)
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "llama4"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import masking_utils as known
 
 import foveate as fv
-from foveate.integrations.transformers import Mask, mask
+from foveate.integrations.transformers import Mask, attention, mask
 from foveate.see.text import bundled_model
 
 IDS = torch.tensor([[0] * 5 + [1] * 6, [0] * 3 + [1] * 4 + [2] * 4])
@@ -122,12 +122,13 @@ def logits(network: Any, **inputs: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "collator"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_packed_texts_are_each_alone(name: str, how: str) -> None:
     network = build(name)
     ids = left_padded()["input_ids"]
     parts = [ids[:1, :7], ids[1:, :10]]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     packed: dict[str, Any] = {"input_ids": torch.cat(parts, 1), "use_cache": False}
     if how == "position_ids":
         packed["position_ids"] = torch.cat([torch.arange(7), torch.arange(10)])[None]
@@ -139,14 +140,15 @@ def test_packed_texts_are_each_alone(name: str, how: str) -> None:
             positions = torch.cat([torch.arange(7), torch.arange(10)])[None]
             packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "position_ids": positions}
             packed |= {"attention_mask": torch.ones(1, 17, dtype=torch.int64)}  # so that the offsets alone tell
+        if how == "collator":
+            packed |= collate([{"input_ids": part[0].tolist()} for part in parts])
+            packed.pop("labels")
         found = logits(network, **packed)
     assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert all("documents" in repr(call.pattern) for call in seen.calls)
 
 
 def test_offsets_may_differ_where_queries_look_at_other_texts() -> None:
-    from foveate.integrations.transformers import attention
-
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
     ends = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 4, 7])}
     layer = torch.nn.Module()
@@ -327,6 +329,62 @@ def test_the_bundled_model_gives_the_same_embeddings_through_a_pipeline() -> Non
     assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def test_texts_are_generated_through_a_pipeline() -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model(), padding_side="left")
+    torch.manual_seed(3)
+    small = {**build("gemma2").config.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 102}
+    network = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small)).eval()
+    network.generation_config = transformers.GenerationConfig(max_new_tokens=9, pad_token_id=0, do_sample=False)
+    pipe = transformers.pipeline("text-generation", model=network, tokenizer=tokenizer, batch_size=2)
+    texts = ["The animal didn't cross the street because it was too tired.", "A short one."]
+    network.set_attn_implementation("eager")
+    truth = pipe(texts)
+    with fv.patch(network):
+        assert pipe(texts) == truth
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma2", "t5"])
+def test_half_precision_is_as_near_to_the_truth_as_eager(name: str) -> None:
+    inputs = FAMILIES[name].inputs()
+    if name == "gemma2":  # in float64 eager gives NaN to every row beside one of padding
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    kept = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
+    with torch.no_grad():
+        truth = logits(build(name).double(), **inputs)[kept]
+        network = build(name).bfloat16()
+        plain = (logits(network, **inputs)[kept] - truth).abs().max()
+        with fv.patch(network):
+            ours = (logits(network, **inputs)[kept] - truth).abs().max()
+    assert ours <= 2 * plain
+
+
+def test_queries_that_all_rows_share_are_repeated() -> None:
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 7, 4)
+    out, weights = attention(torch.nn.Module(), q, k, k, None, is_causal=False)
+    assert weights is None
+    torch.testing.assert_close(out.transpose(1, 2), fv.attention(q.expand(5, -1, -1, -1), k, k))
+
+
+def test_a_layer_without_a_mask_is_causal_if_it_says_so() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    layer = torch.nn.Module()
+    for more, pattern in (
+        ({}, fv.causal),
+        ({"is_causal": False}, None),
+        ({"sliding_window": 2}, fv.causal & fv.window(2)),
+    ):
+        out, weights = attention(layer, q, q, q, None, output_attentions=True, scaling=3.0, **more)
+        torch.testing.assert_close(out.transpose(1, 2), fv.attention(q, q, q, pattern, scale=3.0))
+        torch.testing.assert_close(weights, fv.weights(q, q, q, pattern, scale=3.0))
+
+
+def test_a_mask_stays_a_pattern_where_it_is_already() -> None:
+    made = mask(1, 4, 4)
+    assert made.to("cpu") is made
+    assert made.to(torch.device("cpu")) is made
+    assert isinstance(made.to("meta"), Tensor)
+
+
 def test_a_mask_is_handed_on_by_transformers() -> None:
     made = mask(1, 4, 4)
     assert mask(1, 4, 4, attention_mask=made) is made  # type: ignore[arg-type]
@@ -336,8 +394,6 @@ def test_a_mask_is_handed_on_by_transformers() -> None:
 
 
 def test_a_paged_cache_is_refused() -> None:
-    from foveate.integrations.transformers import attention
-
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(fv.FoveateError, match="Linear uses a paged cache, which foveate does not take"):
         attention(torch.nn.Linear(1, 1), q, q, q, None, cache=object())

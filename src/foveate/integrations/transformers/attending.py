@@ -112,7 +112,11 @@ def _packed(
     """The pattern of texts laid end to end in one row, given as flash-attn's offsets (`cu_seq_lens`)."""
     if query_ends is None or key_ends is None:
         return None
-    if query_ends is key_ends or (query_ends.shape == key_ends.shape and torch.equal(query_ends, key_ends)):
+    if query_ends is key_ends or (
+        query_ends.shape == key_ends.shape
+        and query.shape[2] == key.shape[2]
+        and (torch.compiler.is_compiling() or torch.equal(query_ends, key_ends))  # no graph can compare them
+    ):
         return documents(cu_seqlens=key_ends)
     if pattern is not None:
         raise FoveateError(

@@ -44,6 +44,13 @@ class Mask:
         """What transformers calls on a mask that it keeps."""
         return self
 
+    def to(self, *where: Any, **more: Any) -> Mask | Tensor:
+        """What accelerate calls on whatever a model is given: a mask that is there already stays a pattern."""
+        stays = len(where) == 1 and not isinstance(where[0], torch.dtype) and "dtype" not in more
+        if stays and torch.device(where[0]) == torch.device(self.device):
+            return self
+        return self.matrix.to(*where, **more)
+
     @cached_property
     def matrix(self) -> Tensor:
         """0 where a query may attend and the lowest finite number elsewhere, as "eager" adds it."""

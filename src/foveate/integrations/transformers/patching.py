@@ -191,11 +191,11 @@ def _attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]
     if not hasattr(model, "set_attn_implementation"):
         raise InvalidInput(f"patch was given a {type(model).__name__}: wanted a model of Hugging Face transformers")
     reached, bypassed = {}, set()
+    kinds = {kind: _kind(kind) for kind in {type(module) for module in model.modules()}}
     for name, module in model.named_modules():
-        kind = _kind(type(module))
-        if kind == "reached":
+        if kinds[type(module)] == "reached":
             reached[name] = module
-        elif kind == "bypassed":
+        elif kinds[type(module)] == "bypassed":
             bypassed.add(type(module).__name__)
     if not reached:
         beside = f"; {', '.join(sorted(bypassed))} compute their own" if bypassed else ""
