@@ -94,8 +94,8 @@ def image_in_text() -> Inputs:
 class Family:
     """A family: how to make its model and inputs, what about its attention matters, and which weights make the scores.
 
-    `parts` are those without which the output has to change: mask, window, chunks, cap, sinks, bias, or the mask of the
-    cross-attention.
+    `parts` are those without which the output has to change: mask, window, chunks, selection, cap, sinks, bias, or the
+    mask of the cross-attention.
     """
 
     label: str
@@ -211,6 +211,14 @@ FAMILIES: dict[str, Family] = {
             qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7, n_routed_experts=4, n_group=2, topk_group=1,
             num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1),
         left_padded, ("mask",), ("q_b_proj",), True,
+    ),
+    "deepseek_v32": Family(
+        "DeepSeek-V3.2 (keys chosen by an indexer)",
+        _of("DeepseekV32ForCausalLM", **{**DECODER, "num_key_value_heads": 6}, q_lora_rank=13, kv_lora_rank=11,
+            qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7, n_routed_experts=4, n_group=2, topk_group=1,
+            num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1, index_topk=5, index_head_dim=8,
+            index_n_heads=2),
+        left_padded, ("mask", "selection"), ("q_b_proj",), True,
     ),
     "t5": Family(
         "T5 (relative bias, cross-attention)",

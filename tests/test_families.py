@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import foveate as fv
 from foveate.integrations.transformers import attending
 from foveate.pattern.algebra import And, Pattern
+from foveate.pattern.given import FromMask
 from foveate.pattern.packing import Documents
 from foveate.pattern.positional import Chunks, Window
 from foveate.problem import Problem, Result
@@ -94,6 +95,8 @@ def _drop(part: str, call: Problem) -> Problem:
             return replace(call, pattern=_without(call.pattern, (Window,)))
         case "chunks":
             return replace(call, pattern=_without(call.pattern, (Chunks, Documents)))
+        case "selection":
+            return replace(call, pattern=_without(call.pattern, (FromMask,)))
         case "cross":
             crosses = call.q.shape[2] != call.k.shape[2]
             return replace(call, pattern=None) if crosses else call

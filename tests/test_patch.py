@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import types
 import warnings
@@ -106,10 +107,22 @@ def test_a_pattern_holds_in_the_layers_that_were_chosen(layers: list[int | str])
     narrow = fv.streaming(1, 4)
     with fv.patch(network, narrow, layers=layers), fv.watch(network) as seen:
         logits(network, input_ids=left_padded()["input_ids"])
+    assert not any(hasattr(module, "foveate_plan") for module in network.modules())
     first, second = (call.pattern for call in seen.calls)
     assert repr(first) == "causal"
     assert second is not None
     assert torch.equal(second.dense(17, 17), narrow.dense(17, 17))
+
+
+def test_a_pattern_counts_beside_a_mask_of_the_caller_too() -> None:
+    network = build("llama")
+    ids = left_padded()["input_ids"]
+    with torch.no_grad(), fv.patch(network, fv.window(3)):
+        whole = network(ids, use_cache=True)
+        cache = network(ids[:, :13], use_cache=True).past_key_values
+        seen = fv.causal.dense(4, 17).expand(2, -1, -1, -1)
+        rest = network(ids[:, 13:], past_key_values=cache, attention_mask=seen)
+    assert (rest.logits - whole.logits[:, 13:]).abs().max() <= 1e-5 * whole.logits.abs().max()
 
 
 def test_weights_come_from_the_layers_that_were_chosen() -> None:
@@ -177,7 +190,7 @@ def test_a_model_that_computes_its_own_attention_is_refused_by_name() -> None:
         fv.patch(transformers.LongformerModel(config))
 
 
-def test_layers_that_compute_their_own_are_named_once_and_keep_working() -> None:
+def test_layers_that_compute_their_own_are_named_once_and_keep_working(caplog: pytest.LogCaptureFixture) -> None:
     """Git: its vision tower calls the interface, its text layers add the mask to scores of their own."""
     torch.manual_seed(3)
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 29,
@@ -189,9 +202,13 @@ def test_layers_that_compute_their_own_are_named_once_and_keep_working() -> None
     network = transformers.GitForCausalLM(config).eval()
     inputs = {**left_padded(), "pixel_values": torch.randn(2, 3, 8, 8)}
     truth = logits(network, **inputs)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    caplog.clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         patched = fv.patch(network)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.messages == []
     assert [str(one.message) for one in said] == [
         "GitForCausalLM: GitSelfAttention compute their own attention and are not reached by foveate"
     ]

@@ -96,12 +96,12 @@ def test_queries_start_where_the_cache_ends() -> None:
 def test_an_unknown_mask_function_becomes_a_matrix(use_vmap: bool) -> None:
     kept = torch.tensor([[True] * 4, [False] + [True] * 3])
     made = mask(
-        2, 4, 4, mask_function=lambda batch, head, query, key: (query - key) % 2 == 0, attention_mask=kept,
+        2, 4, 4, q_offset=1, mask_function=lambda batch, head, query, key: (query - key) % 2 == 0, attention_mask=kept,
         use_vmap=use_vmap,
     )  # fmt: skip
     assert repr(made.pattern) == "from_mask(<bool 2×1×4×4>)"
     assert made.pattern is not None
-    seen = [[[(q - k) % 2 == 0 and bool(row[k]) for k in range(4)] for q in range(4)] for row in kept]
+    seen = [[[(q + 1 - k) % 2 == 0 and bool(row[k]) for k in range(4)] for q in range(4)] for row in kept]
     assert made.pattern.dense(4, 4, batch=2)[:, 0].tolist() == seen
 
 
@@ -391,6 +391,36 @@ def test_a_mask_is_handed_on_by_transformers() -> None:
     assert made.contiguous() is made
     assert made.ndim == 4
     assert isinstance(made, Mask)
+
+
+def test_a_sink_for_every_query_takes_its_share() -> None:
+    """As Inkling 2 has: a logit of each query, with no value behind it."""
+    q, k = torch.randn(2, 6, 5, 4, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    logit = torch.randn(2, 6, 5, 1, dtype=torch.float64)
+    given = [x.requires_grad_() for x in (q, k, logit)]
+    out, weights = attention(torch.nn.Module(), q, k, k, None, sinks=logit, output_attentions=True)
+    scores = q @ k.repeat_interleave(2, 1).mT / 2
+    scores = scores.masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    shares = torch.cat([scores, logit], -1).softmax(-1)[..., :-1]
+    truth = (shares @ k.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, truth)
+    torch.testing.assert_close(weights, shares)
+    mine, theirs = (torch.autograd.grad((x**2).sum(), given, retain_graph=True) for x in (out, truth))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_layer_that_changes_its_keys_under_the_mask_is_refused() -> None:
+    q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 6, 8)
+    with pytest.raises(fv.FoveateError, match="Module attends from 4 queries to 6 keys under a mask made for 4 and 4"):
+        attention(torch.nn.Module(), q, k, k, mask(1, 4, 4))
+
+
+def test_what_an_indexer_of_blocks_chose_is_refused() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(
+        fv.FoveateError, match="Linear uses blocks of keys that an indexer chose, which foveate does not"
+    ):
+        attention(torch.nn.Linear(1, 1), q, q, q, None, block_indices=torch.zeros(1, 2, 1))
 
 
 def test_a_paged_cache_is_refused() -> None:

@@ -33,6 +33,7 @@ class Plan:
 
 
 _PLAIN = Plan(None, gives_weights=True)
+_REFUSED = {"cache": "a paged cache", "block_indices": "blocks of keys that an indexer chose"}
 
 
 def attention(
@@ -59,8 +60,11 @@ def attention(
         FoveateError: the cache or the mask is of a kind that this cannot take; the message says what to use.
         InvalidInput: a tensor does not fit; the message says which.
     """
-    if more.get("cache") is not None:
-        raise FoveateError(f"{type(module).__name__} uses a paged cache, which foveate does not take: use another one")
+    for name, what in _REFUSED.items():
+        if more.get(name) is not None:
+            raise FoveateError(
+                f"{type(module).__name__} uses {what}, which foveate does not take: use another attention for it"
+            )
     plan: Plan = getattr(module, PLAN, _PLAIN)
     scores = [] if softcap is None else [softcap_score(softcap)]
     if position_bias is not None:
@@ -71,6 +75,11 @@ def attention(
     start: int | Tensor = 0
     if isinstance(attention_mask, Mask):
         pattern, start = attention_mask.pattern, attention_mask.query_start
+        if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+            raise FoveateError(
+                f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys under a mask "
+                f"made for {attention_mask.shape[2]} and {attention_mask.shape[3]}: use another attention for it"
+            )
         if attention_mask.key_start and not _depends_on_distance(plan.pattern):
             raise FoveateError(
                 f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of "
@@ -86,16 +95,28 @@ def attention(
     elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # No mask was made: the layer relies on being causal, from the first position on.
         pattern = causal if sliding_window is None else causal & window(sliding_window)
-    for part in (_packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern), plan.pattern):
+    packed = _packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern)
+    for part in (packed, _selected(more.get("indices"), key), plan.pattern):
         if part is not None:
             pattern = part if pattern is None else pattern & part
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for every row
     score = reduce(add, scores) if scores else None
-    call = problem(query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout)
-    out = dispatch(call).out.transpose(1, 2).contiguous()
+    query_sinks = more.get("sinks")
+    call = problem(
+        query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout,
+        needs_lse=query_sinks is not None,
+    )  # fmt: skip
+    result = dispatch(call)
+    out = result.out
     wanted = plan.gives_weights and (more.get("output_attentions") or _weights_are_collected())
-    return out, capture.weights(call).to(query.dtype) if wanted else None
+    weights = capture.weights(call) if wanted else None
+    if query_sinks is not None:  # a sink for every query `[B, H, Nq, 1]` takes its share when all else is summed
+        assert result.lse is not None
+        share = torch.sigmoid(result.lse[..., None] - query_sinks)
+        out = (out * share).to(out.dtype)
+        weights = None if weights is None else weights * share
+    return out.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
 
 
 def _weights_are_collected() -> bool:
@@ -129,6 +150,15 @@ def _packed(
         return torch.where(number < ends.shape[0] - 1, number, -1)
 
     return documents(numbers(query_ends, query.shape[2]), numbers(key_ends, key.shape[2]))
+
+
+def _selected(indices: Tensor | None, key: Tensor) -> Pattern | None:
+    """The pattern of the keys `[B, Nq, count]` that an indexer chose for each query (DeepSeek-V3.2, 2512.02556)."""
+    if indices is None:
+        return None
+    batch, queries, _ = indices.shape
+    none = torch.zeros(batch, queries, key.shape[2], dtype=torch.bool, device=indices.device)
+    return from_mask(none.scatter(-1, indices.long(), value=True)[:, None])
 
 
 def _depends_on_distance(pattern: Pattern | None) -> bool:
