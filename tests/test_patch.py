@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build, left_padded, right_padded
+from families import FAMILIES, IMAGE, build, left_padded, right_padded
 from torch import Tensor, nn
 
 import foveate as fv
@@ -190,17 +190,38 @@ def test_a_model_that_computes_its_own_attention_is_refused_by_name() -> None:
         fv.patch(transformers.LongformerModel(config))
 
 
-def test_layers_that_compute_their_own_are_named_once_and_keep_working(caplog: pytest.LogCaptureFixture) -> None:
-    """Git: its vision tower calls the interface, its text layers add the mask to scores of their own."""
-    torch.manual_seed(3)
+def git() -> nn.Module:
+    """A vision tower that calls the interface, and text layers that add the mask to scores of their own."""
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 29,
               "image_size": 8, "patch_size": 4}  # fmt: skip
     config = transformers.GitConfig(
         vision_config=vision, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29,
-        vocab_size=97, max_position_embeddings=64, attn_implementation="eager",
+        vocab_size=97, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
     )  # fmt: skip
-    network = transformers.GitForCausalLM(config).eval()
-    inputs = {**left_padded(), "pixel_values": torch.randn(2, 3, 8, 8)}
+    return transformers.GitForCausalLM(config)
+
+
+def reading() -> nn.Module:
+    """A vision encoder that calls the interface, and a decoder of a class that transformers cannot switch at all."""
+    vision = transformers.ViTConfig(**IMAGE)
+    text = transformers.TrOCRConfig(
+        vocab_size=97, d_model=24, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=29, pad_token_id=0,
+        max_position_embeddings=64, cross_attention_hidden_size=48, is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+    return transformers.VisionEncoderDecoderModel(config=config)
+
+
+@pytest.mark.parametrize(("make", "own"), [(git, "GitSelfAttention"), (reading, "TrOCRAttention")])
+def test_layers_that_compute_their_own_are_named_once_and_keep_working(
+    make: Any, own: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(3)
+    network = make().eval()
+    network.set_attn_implementation("eager")
+    size = 8 if make is git else 16
+    text = left_padded() if make is git else {f"decoder_{key}": value for key, value in right_padded().items()}
+    inputs = {**text, "pixel_values": torch.randn(2, 3, size, size)}
     truth = logits(network, **inputs)
     logging.getLogger("transformers").addHandler(caplog.handler)
     caplog.clear()
@@ -209,14 +230,28 @@ def test_layers_that_compute_their_own_are_named_once_and_keep_working(caplog: p
         patched = fv.patch(network)
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert caplog.messages == []
+    name = type(network).__name__
     assert [str(one.message) for one in said] == [
-        "GitForCausalLM: GitSelfAttention compute their own attention and are not reached by foveate"
+        f"{name}: {own} compute their own attention and are not reached by foveate"
     ]
-    assert patched.bypassed == ["GitSelfAttention"]
-    assert len(patched.layers) == 2
+    assert repr(patched) == f"<Patched {name}: 2 attention layers, not {own}>"
     found = logits(network, **inputs)
     fv.unpatch(network)
     assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_a_class_is_what_its_forward_is_and_not_what_it_inherits() -> None:
+    class OwnAttention(transformers.models.bert.modeling_bert.BertSelfAttention):
+        def forward(self, states: Tensor, **more: Any) -> tuple[Tensor, None]:
+            return (states @ states.mT).softmax(-1) @ states, None
+
+    class SameAttention(transformers.models.bert.modeling_bert.BertSelfAttention):
+        pass
+
+    assert patching._kind(OwnAttention) == "bypassed"
+    assert patching._kind(SameAttention) == "reached"
+    assert patching._kind(nn.MultiheadAttention) == "bypassed"
+    assert patching._kind(nn.Linear) == ""
 
 
 def test_register_is_for_the_process_and_can_be_undone() -> None:
