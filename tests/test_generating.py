@@ -10,6 +10,7 @@ import torch
 import transformers
 from families import FAMILIES, build, left_padded
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import foveate as fv
 
@@ -61,6 +62,21 @@ def test_generated_tokens_and_logits_equal_eager(name: str, cache: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_generate_equal_eager(name: str, way: str) -> None:
     generate_alike(model(name), prompt(name), **WAYS[way])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+def test_a_static_cache_is_decoded_by_one_compiled_graph(name: str) -> None:
+    network = build(name)
+    plain = {**PLAIN, "cache_implementation": "static"}
+    truth = network.generate(**prompt(name), **plain)
+    torch._dynamo.reset()
+    counters.clear()
+    with fv.patch(network):
+        network.forward = torch.compile(network.forward, backend="eager", fullgraph=True)
+        found = network.generate(**prompt(name), **plain)
+    assert torch.equal(found, truth)
+    assert counters["stats"]["unique_graphs"] == 2  # the prompt's, and one for all steps
 
 
 class NoStream:

@@ -292,6 +292,14 @@ def test_a_missing_transformers_is_named_with_the_command_that_installs_it(monke
         fv.register()
 
 
+def test_weights_come_where_an_older_transformers_collects_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("bert")
+    with fv.patch(network):
+        network(**right_padded(), output_attentions=True)  # loads what is taken away now
+        monkeypatch.setitem(sys.modules, "transformers.utils.output_capturing", None)
+        assert len(network(**right_padded(), output_attentions=True).attentions) == 2
+
+
 def test_a_failure_half_way_leaves_nothing_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     network: Any = build("llava")
 

@@ -121,8 +121,10 @@ def attention(
 
 def _weights_are_collected() -> bool:
     """Whether the model was called with `output_attentions=True`, which some layers (GPT-2, OPT) don't hand on."""
-    from transformers.utils.output_capturing import _active_collector
-
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # older ones hand it on to every layer
+        return False
     collected = _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)
 
