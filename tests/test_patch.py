@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.integrations.transformers import NAME, patching
+from foveate.integrations.transformers.layers import kind_of
 
 
 def logits(network: Any, **inputs: Any) -> Tensor:
@@ -248,10 +249,10 @@ def test_a_class_is_what_its_forward_is_and_not_what_it_inherits() -> None:
     class SameAttention(transformers.models.bert.modeling_bert.BertSelfAttention):
         pass
 
-    assert patching._kind(OwnAttention) == "bypassed"
-    assert patching._kind(SameAttention) == "reached"
-    assert patching._kind(nn.MultiheadAttention) == "bypassed"
-    assert patching._kind(nn.Linear) == ""
+    assert kind_of(OwnAttention) == "bypassed"
+    assert kind_of(SameAttention) == "reached"
+    assert kind_of(nn.MultiheadAttention) == "bypassed"
+    assert kind_of(nn.Linear) == ""
 
 
 def test_register_is_for_the_process_and_can_be_undone() -> None:

@@ -378,6 +378,16 @@ def test_a_layer_without_a_mask_is_causal_if_it_says_so() -> None:
         torch.testing.assert_close(weights, fv.weights(q, q, q, pattern, scale=3.0))
 
 
+def test_one_query_without_a_mask_stands_at_the_last_key() -> None:
+    from foveate.integrations.transformers.attending import PLAN, Plan
+
+    q, k = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 7, 4)
+    layer = torch.nn.Module()
+    setattr(layer, PLAN, Plan(fv.window(3), gives_weights=True))
+    out, _ = attention(layer, q, k, k, None)
+    torch.testing.assert_close(out.transpose(1, 2), fv.attention(q, k[:, :, 4:], k[:, :, 4:]))
+
+
 def test_a_mask_stays_a_pattern_where_it_is_already() -> None:
     made = mask(1, 4, 4)
     assert made.to("cpu") is made

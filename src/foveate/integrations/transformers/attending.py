@@ -71,30 +71,21 @@ def attention(
         scores.append(bias(position_bias))
     if s_aux is not None:
         scores.append(sinks(s_aux))
+    queries, keys = query.shape[2], key.shape[2]
     pattern: Pattern | None = None
-    start: int | Tensor = 0
+    start: int | Tensor = keys - queries
     if isinstance(attention_mask, Mask):
+        _check_mask(attention_mask, module, queries, keys, plan)
         pattern, start = attention_mask.pattern, attention_mask.query_start
-        if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
-            raise FoveateError(
-                f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys under a mask "
-                f"made for {attention_mask.shape[2]} and {attention_mask.shape[3]}: use another attention for it"
-            )
-        if attention_mask.key_start and not _depends_on_distance(plan.pattern):
-            raise FoveateError(
-                f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of "
-                f"{type(module).__name__} has let go of the first {attention_mask.key_start}: use another cache"
-            )
     elif isinstance(attention_mask, Tensor):
-        prepared = attention_mask[..., : key.shape[2]]
+        prepared = attention_mask[..., :keys]
         if prepared.dtype == torch.bool:
             pattern = from_mask(prepared)
         else:
             scores.append(bias(_hide_the_least(prepared)))
-        start = key.shape[2] - query.shape[2]
-    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # No mask was made: the layer relies on being causal, from the first position on.
-        pattern = causal if sliding_window is None else causal & window(sliding_window)
+        pattern, start = causal if sliding_window is None else causal & window(sliding_window), 0
     packed = _packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern)
     for part in (packed, _selected(more.get("indices"), key), plan.pattern):
         if part is not None:
@@ -117,6 +108,21 @@ def attention(
         out = (out * share).to(out.dtype)
         weights = None if weights is None else weights * share
     return out.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
+
+
+def _check_mask(mask: Mask, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
+    """Refuse a mask that was made for other queries and keys, or whose positions the plan's pattern cannot count."""
+    layer = type(module).__name__
+    if mask.shape[2:] != (queries, keys):
+        raise FoveateError(
+            f"{layer} attends from {queries} queries to {keys} keys under a mask made for {mask.shape[2]} and "
+            f"{mask.shape[3]}: use another attention for it"
+        )
+    if mask.key_start and not _depends_on_distance(plan.pattern):
+        raise FoveateError(
+            f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of {layer} has let go of "
+            f"the first {mask.key_start}: use another cache"
+        )
 
 
 def _weights_are_collected() -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from torch import nn
 
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.transformers.attending import PLAN, Plan, attention
+from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
@@ -119,7 +118,7 @@ def patch(
         InvalidInput: no layer can be reached, the model is patched already, a layer does not exist, or the pattern
             contradicts the model's own mask. The model is left as it was.
     """
-    reached, bypassed = _attention_layers(model)
+    reached, bypassed = attention_layers(model)
     others = {module for patched in _PATCHED.values() for module in patched.modules.values()}
     if not others.isdisjoint(reached.values()):
         raise InvalidInput(f"{type(model).__name__} is patched already: unpatch it first")
@@ -186,47 +185,6 @@ def _interfaces() -> tuple[Any, Any]:
     return AttentionInterface, AttentionMaskInterface
 
 
-def _attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layers that call transformers' attention interface, by name, and the classes of those that do not."""
-    if not hasattr(model, "set_attn_implementation"):
-        raise InvalidInput(f"patch was given a {type(model).__name__}: wanted a model of Hugging Face transformers")
-    reached, bypassed = {}, set()
-    kinds = {kind: _kind(kind) for kind in {type(module) for module in model.modules()}}
-    for name, module in model.named_modules():
-        if kinds[type(module)] == "reached":
-            reached[name] = module
-        elif kinds[type(module)] == "bypassed":
-            bypassed.add(type(module).__name__)
-    if not reached:
-        beside = f"; {', '.join(sorted(bypassed))} compute their own" if bypassed else ""
-        raise InvalidInput(
-            f"{type(model).__name__} has no layer that calls transformers' attention interface, so foveate cannot "
-            f"reach it{beside}: use a model whose documentation lists attn_implementation="
-        )
-    return reached, sorted(bypassed)
-
-
-def _kind(kind: type) -> str:
-    """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
-    if kind is nn.MultiheadAttention:
-        return "bypassed"
-    if not re.search("Attention|Attn", kind.__name__):
-        return ""
-    source = ""
-    for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
-        if each is nn.Module:
-            break
-        try:
-            source += inspect.getsource(each)
-        except (OSError, TypeError):
-            break
-        if "forward" in vars(each):
-            break
-    if "get_interface(" in source:
-        return "reached"
-    return "bypassed" if re.search(r"softmax\(|logsumexp\(|scaled_dot_product_attention\(", source) else ""
-
-
 def _plans(
     model: nn.Module,
     reached: dict[str, nn.Module],
@@ -238,7 +196,7 @@ def _plans(
     if pattern is not None and not isinstance(pattern, Pattern):
         raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern, such as fv.window(128)")
     names = list(reached)
-    narrowed = _chosen(names, layers, "layers") if pattern is not None else set()
+    narrowed = chosen(names, layers, "layers") if pattern is not None else set()
     if pattern is not None and layers is None:
         kinds = sorted({type(module).__name__ for module in reached.values()})
         if len(kinds) > 1 or getattr(model.config, "is_encoder_decoder", False):
@@ -246,7 +204,7 @@ def _plans(
                 f"{type(model).__name__} has attention of several kinds ({', '.join(kinds)}): say by layers= to which "
                 "the pattern applies, for example layers=['decoder']"
             )
-    giving = _chosen(names, weights_from, "weights_from")
+    giving = chosen(names, weights_from, "weights_from")
     for name in names:
         if name in narrowed:
             _check_against(pattern, name, reached[name])
@@ -255,27 +213,6 @@ def _plans(
         for name in names
         if name in narrowed or name not in giving
     }
-
-
-def _chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> set[str]:
-    """The names that numbers and parts of names stand for; None means all."""
-    if wanted is None:
-        return set(names)
-    if isinstance(wanted, str) or not isinstance(wanted, Sequence):
-        raise InvalidInput(f"{what} is {wanted!r}: wanted a list of numbers or names")
-    chosen: set[str] = set()
-    for one in wanted:
-        if isinstance(one, str):
-            found = [name for name in names if f".{one}." in f".{name}."]
-        else:
-            found = [names[one]] if isinstance(one, int) and -len(names) <= one < len(names) else []
-        if not found:
-            raise InvalidInput(
-                f"{what} names {one!r}, which is no attention layer: wanted 0 to {len(names) - 1}, or a name such as "
-                f"{names[0]!r}"
-            )
-        chosen.update(found)
-    return chosen
 
 
 def _check_against(pattern: Pattern | None, name: str, module: nn.Module) -> None:
