@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 
 from torch import nn
 
 from foveate.errors import InvalidInput
+
+_OWN = {"softmax", "Softmax", "logsumexp", "scaled_dot_product_attention"}  # what a layer calls that attends itself
 
 
 def attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
@@ -35,21 +36,18 @@ def kind_of(kind: type) -> str:
     """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
     if kind is nn.MultiheadAttention:
         return "bypassed"
-    if not re.search("Attention|Attn", kind.__name__):
-        return ""
-    source = ""
+    called: set[str] = set()
     for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
         if each is nn.Module:
             break
-        try:
-            source += inspect.getsource(each)
-        except (OSError, TypeError):
-            break
+        functions = (inspect.unwrap(part) for part in vars(each).values() if inspect.isfunction(part))
+        called.update(name for function in functions for name in function.__code__.co_names)
         if "forward" in vars(each):
             break
-    if "get_interface(" in source:
+    if {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= called:
         return "reached"
-    return "bypassed" if re.search(r"softmax\(|logsumexp\(|scaled_dot_product_attention\(", source) else ""
+    attends = "Attention" in kind.__name__ or "Attn" in kind.__name__
+    return "bypassed" if attends and called & _OWN else ""
 
 
 def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> set[str]:
