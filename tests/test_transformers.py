@@ -115,6 +115,9 @@ def test_a_layer_that_does_arithmetic_finds_the_matrix_of_eager() -> None:
     assert torch.equal(made.to(torch.float64), truth.to(torch.float64))
     assert made.shape == truth.shape
     assert torch.equal(torch.maximum(made, truth), truth)
+    assert torch.equal(torch.cat([made, truth], -1), torch.cat([truth, truth], -1))
+    everyone = mask(2, 3, 5, mask_function=known.bidirectional_mask_function)
+    assert torch.equal(scores + everyone, scores)
 
 
 def logits(network: Any, **inputs: Any) -> Tensor:
@@ -399,7 +402,8 @@ def test_a_mask_is_handed_on_by_transformers() -> None:
     made = mask(1, 4, 4)
     assert mask(1, 4, 4, attention_mask=made) is made  # type: ignore[arg-type]
     assert made.contiguous() is made
-    assert made.ndim == 4
+    assert made.ndim == made.dim() == 4
+    assert "matrix" not in vars(made)
     assert isinstance(made, Mask)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, chunks, documents, from_mask, padding, window
@@ -43,6 +44,10 @@ class Mask:
     def contiguous(self) -> Mask:
         """What transformers calls on a mask that it keeps."""
         return self
+
+    def dim(self) -> int:
+        """What models ask to tell a mask from padding; it needs no matrix."""
+        return self.ndim
 
     def to(self, *where: Any, **more: Any) -> Mask | Tensor:
         """What accelerate calls on whatever a model is given: a mask that is there already stays a pattern."""
@@ -78,7 +83,8 @@ class Mask:
         def plain(value: Any) -> Any:
             return value.matrix if isinstance(value, Mask) else value
 
-        return function(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
+        args, kwargs = tree_map(plain, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def mask(
