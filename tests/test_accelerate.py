@@ -265,6 +265,14 @@ WRONG: dict[str, Callable[[], Call]] = {
     "heads that are not said to be grouped": lambda: (qkv(key_heads=2), {}),
     "other dtypes": lambda: ((qkv()[0].half(), *qkv()[1:]), {}),
     "one dimension": lambda: (tuple(x[0, 0, 0] for x in qkv()), {}),
+    "other leading dimensions": lambda: (
+        tuple(x.unflatten(0, shape) for x, shape in zip(qkv(batch=6), [(3, 2), (2, 3), (2, 3)], strict=True)),
+        {},
+    ),
+    "five dimensions, and a mask of all batches": lambda: (
+        (*(x.unflatten(0, (3, 2)) for x in qkv(batch=6)), hidden(6, 6, 67, 131)),
+        {},
+    ),
     "other ranks": lambda: ((qkv()[0], qkv()[1][0], qkv()[2][0, 0]), {}),
     "other devices": lambda: ((qkv()[0], *(x.to("meta") for x in qkv()[1:])), {}),
     "dropout below 0": lambda: (qkv(), {"dropout_p": -0.5}),
@@ -739,11 +747,32 @@ def _child() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_child_is_accelerated_too() -> None:
-    with fv.accelerate(), _STATE.lock:  # the lock is held while the child is made
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _STATE.lock:
+            held.set()
+            done.wait(120)
+
+    with fv.accelerate():
+        holder = threading.Thread(target=hold)  # the lock is another thread's while the child is made
+        holder.start()
+        held.wait(120)
         child = multiprocessing.get_context("fork").Process(target=_child)
         child.start()
-        child.join(120)
+        child.join(60)
+        child.kill()
+        done.set()
+        holder.join()
     assert child.exitcode == 0
+
+
+def test_a_mask_that_was_expanded_is_read_once() -> None:
+    mask = hidden(2, 1, 67, 131)
+    assert aten._by_mask(mask.expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
+    assert aten._by_mask(mask[:, :, :1].expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
+    (added,) = aten._by_mask(biased(mask).expand(2, 6, 67, 131), 67, 131).alive
+    assert added.shape == mask.shape
 
 
 def test_nothing_is_printed(tmp_path: Path) -> None:
@@ -757,3 +786,29 @@ def test_nothing_is_printed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-Wd", str(script)], capture_output=True, text=True, timeout=120, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", ["everything", "causal", "grouped mask", "bool, every dimension", "bool, padding"])
+@pytest.mark.usefixtures("_ours")
+def test_the_operators_of_aten_answer_as_before(name: str) -> None:
+    """Called by themselves, as graphs call them: (out, log-sum-exp) and the gradients, their layouts included."""
+    (q, k, v, *mask), options = CALLS[name]()
+    causal = bool(options.get("is_causal"))
+    rest = {"attn_mask": only_hides(mask[0]) if mask else None, "scale": 0.3}
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    d_out = made(*q.shape, seed=9)
+
+    def everything() -> list[Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, **rest)
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, causal, **rest
+        )
+        return [out, lse, *gradients]
+
+    before = everything()
+    with fv.accelerate() as acceleration:
+        during = everything()
+    for one, other in zip(before, during, strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert acceleration.report().foveate == {("forward", ""): 1, ("backward", ""): 1}
