@@ -720,6 +720,43 @@ def test_threads_share_it_and_their_calls_are_counted() -> None:
     assert acceleration.report().foveate == {("forward", ""): 400}
 
 
+def test_threads_that_begin_and_end_it_all_the_time() -> None:
+    """Dispatch does not wait for a thread that is on its way into a kernel: with others alive, none is taken out."""
+    q, leaf = made(1, 2, 512, 8, seed=1), made(1, 2, 16, 8, seed=2).requires_grad_()
+    want = SDPA(q, q, q, is_causal=True)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            with fv.accelerate():
+                found = SDPA(q, q, q, is_causal=True)
+            again = SDPA(q, q, q, is_causal=True)
+            SDPA(leaf, leaf, leaf).sum().backward()
+            if not torch.allclose(found, want, atol=1e-5) or not torch.allclose(again, want, atol=1e-5):
+                wrong.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_the_kernels_are_taken_out_by_the_last_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entered() -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key("aten::scaled_dot_product_attention", "AutogradCPU")
+
+    for count in (2, 1):
+        monkeypatch.setattr(threading, "active_count", lambda count=count: count)
+        with fv.accelerate() as acceleration:
+            assert entered()
+        assert entered() == (count > 1)
+        assert not calls_go_to_us()
+        assert not acceleration.report().foveate
+    assert not entered()
+
+
 def test_other_threads_run_while_pytorch_computes() -> None:
     """What is handed on to PyTorch gives the interpreter free, as PyTorch's own call does."""
     big = made(1, 8, 1024, 64, seed=1).bfloat16()

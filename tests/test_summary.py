@@ -240,3 +240,9 @@ def test_a_matrix_is_packed_into_the_summary_that_is_built_pair_by_pair(share: f
                 assert getattr(packed, name) == getattr(built, name)
             for name in ("offsets", "columns", "partial", "bits"):
                 assert torch.equal(getattr(packed, name), getattr(built, name)), name
+
+
+def test_a_matrix_may_begin_at_any_byte() -> None:
+    flags = torch.rand(3 + 64 * 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = flags[3:].view(1, 1, 64, 64)
+    assert torch.equal(summarise_matrix(mask, 64, 64).bits, summarise_matrix(mask.clone(), 64, 64).bits)

@@ -76,29 +76,31 @@ def missing() -> bool:
     return _native is None
 
 
-def enter(tell: Tell) -> torch.library.Library:
-    """Put our kernels at aten's entries, process-wide; `_destroy()` of what is returned takes them out."""
-    library = torch.library.Library("aten", "IMPL")
-    entries = _Entries(tell)
-    for key in ("CPU", "AutogradCPU"):
-        library.impl(_SDPA, entries.attention, key, with_keyset=True)
-    library.impl(_FUSED, entries.fused, "BackendSelect", with_keyset=True)
-    library.impl(_FUSED_BACKWARD, entries.fused_backward, "BackendSelect", with_keyset=True)
-    return library
+class Entries:
+    """Our kernels at aten's entries, process-wide, from the making on; `tell` is told of every call while `on`.
 
-
-class _Entries:
-    """The three kernels, with the signatures that aten gives them; the first argument is what dispatch has seen."""
+    The three have the signatures that aten gives them; the first argument is what dispatch has seen.
+    """
 
     def __init__(self, tell: Tell) -> None:
+        self.on = True
         self.tell = tell
+        self._library = torch.library.Library("aten", "IMPL")
+        for key in ("CPU", "AutogradCPU"):
+            self._library.impl(_SDPA, self.attention, key, with_keyset=True)
+        self._library.impl(_FUSED, self.fused, "BackendSelect", with_keyset=True)
+        self._library.impl(_FUSED_BACKWARD, self.fused_backward, "BackendSelect", with_keyset=True)
+
+    def leave(self) -> None:
+        """Take the kernels out. No other thread may be in a call: dispatch does not wait for it, and would crash."""
+        self._library._destroy()
 
     def attention(
         self, keys: DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """Compute at once what needs no gradient; else PyTorch checks, chooses, and comes to `fused` if it may."""
-        if keys.raw_repr() & _UNUSUAL or forward_ad._current_level >= 0:
+        if not self.on or keys.raw_repr() & _UNUSUAL or forward_ad._current_level >= 0:
             return _formula(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         why = _only_pytorch(q, k, v, attn_mask)
         plan = None
@@ -129,7 +131,7 @@ class _Entries:
         *, attn_mask: Tensor | None = None, scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(out, log-sum-exp) in the layouts of aten's kernel; a row that sees no key has 0 in both, as there."""
-        if keys.raw_repr() & _UNUSUAL:
+        if not self.on or keys.raw_repr() & _UNUSUAL:
             return self._next_forward(keys, q, k, v, dropout_p, is_causal, attn_mask, scale)
         mask = attn_mask if attn_mask is None or attn_mask.dim() == 4 else attn_mask[None, None]
         plan, why = _plan(q, k, v, mask, dropout_p, is_causal, grouped=True)
@@ -150,7 +152,7 @@ class _Entries:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The gradients of q, k and v, each laid out as `[batch, length, heads, dim]`, as by aten's kernel."""
         why = ""
-        if not keys.raw_repr() & _UNUSUAL:
+        if self.on and not keys.raw_repr() & _UNUSUAL:
             mask = attn_mask if attn_mask is None or attn_mask.dim() == 4 else attn_mask[None, None]
             why = refusal(q, k, v, mask, dropout_p, is_causal, grouped=True)
             why = why or (_SLOWER if slower_backward(q.dtype, q.shape[2]) else "")

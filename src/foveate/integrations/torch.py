@@ -69,13 +69,14 @@ class _State:
         self.lock = threading.RLock()
         self.active: list[Acceleration] = []
         self.last: Acceleration | None = None
-        self.library: torch.library.Library | None = None
+        self.entries: aten.Entries | None = None
         self.fast_path = True
 
     def begin(self) -> Acceleration:
         with self.lock:
             if not self.active:
-                self.library = aten.enter(self.tell)
+                self.entries = self.entries or aten.Entries(self.tell)
+                self.entries.on = True
                 # nn.Transformer's fast path calls no scaled_dot_product_attention.
                 self.fast_path = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
@@ -89,10 +90,12 @@ class _State:
                 return
             self.active.remove(one)
             self.last = one
-            if not self.active and self.library is not None:
-                self.library._destroy()
-                self.library = None
+            if not self.active and self.entries is not None:
                 torch.backends.mha.set_fastpath_enabled(self.fast_path)
+                self.entries.on = False
+                if threading.active_count() == 1:  # else a thread may be on its way in: they stay, and pass calls on
+                    self.entries.leave()
+                    self.entries = None
 
     def tell(self, direction: str, why: str) -> None:
         with self.lock:

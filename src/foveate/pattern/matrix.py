@@ -16,29 +16,25 @@ def summarise_matrix(visible: Tensor, queries: int, keys: int) -> Summary:
 
     One pass over the matrix, at about the cost of a copy; `tiling.build` answers the same for patterns of any kind.
     """
-    batch, heads = visible.shape[:2]
+    batch, heads, device = *visible.shape[:2], visible.device
     down, across = -(-queries // TILE), -(-keys // TILE)
     flags = torch.nn.functional.pad(visible.expand(-1, -1, -1, keys), (0, -keys % TILE)).contiguous()
-    bytes_ = ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
-    rows = bytes_.view(torch.int64).expand(-1, -1, queries, -1)
+    if flags.storage_offset() % 8:
+        flags = flags.clone()  # eight bytes are read as one number, from where such numbers begin
+    packed = ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    rows = packed.view(torch.int64).expand(-1, -1, queries, -1)  # a word for each row of a tile
     words = torch.nn.functional.pad(rows, (0, 0, 0, -queries % TILE)).view(batch, heads, down, TILE, across).mT
-    whole = torch.full((across, 1), -1)
+    whole = torch.full((across, 1), -1, device=device)
     if keys % TILE:
         whole[-1] = (1 << keys % TILE) - 1
-    height = torch.full((down, 1), TILE)
+    height = torch.full((down, 1), TILE, device=device)
     height[-1] -= -queries % TILE
     some = (words != 0).any(-1)
     full = (words == whole).sum(-1) == height
-    full_there = full[some]
-    ends = some.sum(-1).flatten().cumsum(0).view(batch, heads, down)
-    offsets = torch.cat([torch.cat([ends.new_zeros(1), ends.flatten()[:-1]]).view_as(ends)[..., :1], ends], -1)
+    counts = some.sum(-1)
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    offsets = torch.cat([(ends - counts)[..., :1], ends], -1)
+    columns, full_there = some.nonzero()[:, 3], full[some]
     partial = torch.where(full_there, -1, (~full_there).cumsum(0) - 1)
-    return Summary(
-        queries,
-        keys,
-        TILE,
-        offsets,
-        some.nonzero()[:, 3],
-        partial,
-        words[some & ~full].view(torch.uint8).unflatten(1, (TILE, 8)),
-    )
+    bits = words[some & ~full].view(torch.uint8).unflatten(1, (TILE, TILE // 8))
+    return Summary(queries, keys, TILE, offsets, columns, partial, bits)
