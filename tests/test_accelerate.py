@@ -487,6 +487,18 @@ def test_compiled_graphs(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("_ours")
+def test_one_graph_for_every_length() -> None:
+    torch.compiler.reset()
+    graph = torch.compile(_Calls(), fullgraph=True, dynamic=True, backend="aot_eager")
+    with fv.accelerate() as acceleration:
+        for queries in (67, 71, 131):
+            q, k, v = (x.requires_grad_() for x in qkv(queries=queries))
+            torch.testing.assert_close(graph(q, k, v), _Calls()(q, k, v), atol=1e-5, rtol=1e-5)
+    assert acceleration.report().foveate == {("forward", ""): 6}
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_ours")
 def test_traces_and_modes_see_the_call_that_they_saw() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -508,6 +520,7 @@ def test_traces_and_modes_see_the_call_that_they_saw() -> None:
                 SDPA(q, k, v, hidden(67, 131))
             heard.append(mode.names)
             graphs.append(str(torch.export.export(_Calls(), (q, k, v)).graph))
+            graphs[-1] += str(torch.jit.trace(_Calls(), (q, k, v)).graph.findNode("aten::scaled_dot_product_attention"))
     assert heard[0] == heard[1]
     assert graphs[0] == graphs[1]
 
