@@ -770,6 +770,22 @@ def test_the_kernels_are_taken_out_by_the_last_thread(monkeypatch: pytest.Monkey
     assert not entered()
 
 
+@pytest.mark.usefixtures("_ours")
+def test_kernels_that_had_to_stay_pass_every_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+
+    def everything() -> list[Tensor]:
+        q, k, v = (x.requires_grad_() for x in qkv())
+        quick = SDPA(*(x.detach() for x in (q, k, v)), is_causal=True)
+        return [quick, *torch.autograd.grad(SDPA(q, k, v, is_causal=True).square().sum(), (q, k, v))]
+
+    before = everything()
+    with fv.accelerate():
+        during = everything()
+    assert not any(map(torch.equal, before, during))  # other roundings tell whose they are
+    assert all(map(torch.equal, before, everything()))
+
+
 def test_other_threads_run_while_pytorch_computes() -> None:
     """What is handed on to PyTorch gives the interpreter free, as PyTorch's own call does."""
     big = made(1, 8, 1024, 64, seed=1).bfloat16()

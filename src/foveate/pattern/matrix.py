@@ -18,7 +18,8 @@ def summarise_matrix(visible: Tensor, queries: int, keys: int) -> Summary:
     """
     batch, heads, device = *visible.shape[:2], visible.device
     down, across = -(-queries // TILE), -(-keys // TILE)
-    flags = torch.nn.functional.pad(visible.expand(-1, -1, -1, keys), (0, -keys % TILE)).contiguous()
+    flags = visible.expand(-1, -1, -1, keys)
+    flags = torch.nn.functional.pad(flags, (0, -keys % TILE)) if keys % TILE else flags.contiguous()
     if flags.storage_offset() % 8:
         flags = flags.clone()  # eight bytes are read as one number, from where such numbers begin
     packed = ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
