@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import foveate as fv
-from foveate.integrations import aten
+from foveate.integrations import fused
 from foveate.integrations.torch import _STATE
 
 SDPA = F.scaled_dot_product_attention
@@ -35,8 +35,8 @@ def _nothing_stays() -> Iterator[None]:
 @pytest.fixture
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever our kernels can compute they do, be it slower."""
-    monkeypatch.setattr(aten, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(aten, "slower_backward", lambda *_: False)
+    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
+    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
 
 
 def made(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -346,8 +346,8 @@ def test_what_is_slower_stays_with_pytorch_to_the_bit() -> None:
 
 def test_a_gradient_may_cross_the_end_of_an_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward on our kernel, backward on PyTorch's, and the other way round: what is saved means the same to both."""
-    monkeypatch.setattr(aten, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(aten, "slower_backward", lambda *_: False)
+    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
+    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
     for name in ("causal", "bool, every dimension", "float, every dimension", "grouped mask"):
         arguments, options = CALLS[name]()
         found = []
@@ -706,7 +706,7 @@ def test_the_report_says_how_many_went_where_and_why() -> None:
 
 
 def test_without_the_kernels_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "_native", None)
+    monkeypatch.setattr(fused, "_native", None)
     with pytest.raises(fv.FoveateError, match="needs the compiled kernels: install a C\\+\\+ compiler"):
         fv.accelerate()
 
@@ -835,9 +835,9 @@ def test_a_forked_child_is_accelerated_too() -> None:
 
 def test_a_mask_that_was_expanded_is_read_once() -> None:
     mask = hidden(2, 1, 67, 131)
-    assert aten._by_mask(mask.expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
-    assert aten._by_mask(mask[:, :, :1].expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
-    (added,) = aten._by_mask(biased(mask).expand(2, 6, 67, 131), 67, 131).alive
+    assert fused._by_mask(mask.expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
+    assert fused._by_mask(mask[:, :, :1].expand(2, 6, 67, 131), 67, 131).tiles[4:] == (2, 1)
+    (added,) = fused._by_mask(biased(mask).expand(2, 6, 67, 131), 67, 131).alive
     assert added.shape == mask.shape
 
 

@@ -12,7 +12,8 @@ from types import TracebackType
 import torch
 
 from foveate.errors import FoveateError, InvalidInput
-from foveate.integrations import aten
+from foveate.integrations.aten import Entries
+from foveate.integrations.fused import missing
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class _State:
         self.lock = threading.RLock()
         self.active: list[Acceleration] = []
         self.last: Acceleration | None = None
-        self.entries: aten.Entries | None = None
+        self.entries: Entries | None = None
         self.fast_path = True
 
     def begin(self) -> Acceleration:
         with self.lock:
             if not self.active:
-                self.entries = self.entries or aten.Entries(self.tell)
+                self.entries = self.entries or Entries(self.tell)
                 self.entries.on = True
                 # nn.Transformer's fast path calls no scaled_dot_product_attention.
                 self.fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -137,7 +138,7 @@ def accelerate() -> Acceleration:
     >>> sum(acceleration.report().foveate.values())
     1
     """
-    if aten.missing():
+    if missing():
         raise FoveateError("accelerate needs the compiled kernels: install a C++ compiler and foveate again")
     return _STATE.begin()
 
