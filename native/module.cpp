@@ -132,6 +132,7 @@ NB_MODULE(_native, module) {
     module.def("share_threads_of", [](const std::string& library) { return foveate::share_threads_of(library.c_str()); },
                "Use the threads of an OpenMP runtime that is loaded already; whether that can be.");
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
+    module.def("chosen", [] { return std::string(foveate::choose("")->name); }, "The one that runs where none is named.");
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));
     module.def("looked", bound(&looked));

@@ -32,11 +32,15 @@ def _nothing_stays() -> Iterator[None]:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def prefer(monkeypatch: pytest.MonkeyPatch, *, ours: bool) -> None:
+    """Whatever our kernels can compute they do, be it slower; or nothing, be it faster."""
+    monkeypatch.setattr(fused, "slower", lambda *_, **__: not ours)
+    monkeypatch.setattr(fused, "slower_backward", lambda *_: not ours)
+
+
 @pytest.fixture
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever our kernels can compute they do, be it slower."""
-    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
+    prefer(monkeypatch, ours=True)
 
 
 def made(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -317,7 +321,7 @@ def test_what_stays_with_pytorch_and_why() -> None:
         dropped = SDPA(q, k, v, dropout_p=0.5)
         SDPA(q, k, v, mask.clone().requires_grad_())
         SDPA(q.double(), k.double(), v.double())
-        SDPA(q, k, v)
+        SDPA(q[:, :, :31], k, v)
         with sdpa_kernel(SDPBackend.MATH):
             plain = SDPA(q, k, v)
         SDPA(q[:, :, :0], k, v)
@@ -336,7 +340,8 @@ def test_what_stays_with_pytorch_and_why() -> None:
         assert torch.equal(plain, SDPA(q, k, v))
 
 
-def test_what_is_slower_stays_with_pytorch_to_the_bit() -> None:
+def test_what_is_slower_stays_with_pytorch_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, ours=False)
     for name in ("everything", "bool, padding", "float, every dimension", "grouped mask"):
         arguments, options = CALLS[name]()
         with fv.accelerate():
@@ -346,8 +351,7 @@ def test_what_is_slower_stays_with_pytorch_to_the_bit() -> None:
 
 def test_a_gradient_may_cross_the_end_of_an_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward on our kernel, backward on PyTorch's, and the other way round: what is saved means the same to both."""
-    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
+    prefer(monkeypatch, ours=True)
     for name in ("causal", "bool, every dimension", "float, every dimension", "grouped mask"):
         arguments, options = CALLS[name]()
         found = []
@@ -786,8 +790,10 @@ def test_kernels_that_had_to_stay_pass_every_call_on(monkeypatch: pytest.MonkeyP
     assert all(map(torch.equal, before, everything()))
 
 
-def test_other_threads_run_while_pytorch_computes() -> None:
-    """What is handed on to PyTorch gives the interpreter free, as PyTorch's own call does."""
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "theirs"])
+def test_other_threads_run_meanwhile(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels give the interpreter free, and so does what is handed on to PyTorch, as its own call does."""
+    prefer(monkeypatch, ours=ours)
     big = made(1, 8, 1024, 64, seed=1).bfloat16()
     for leaf in (big, big.clone().requires_grad_()):
         turns, stop = 0, threading.Event()

@@ -55,8 +55,8 @@ def _kernels() -> Fact:
         from foveate import _native
     except ImportError:
         return Fact("cpu kernels", "none", "not compiled: install g++ or clang++, then foveate again")
-    best, *others = _native.kernels()
-    return Fact("cpu kernels", f"{best} (chosen)" + "".join(f", {name}" for name in others))
+    chosen = _native.chosen()
+    return Fact("cpu kernels", ", ".join(f"{name} (chosen)" if name == chosen else name for name in _native.kernels()))
 
 
 def packages() -> list[Fact]:

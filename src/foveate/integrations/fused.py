@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
+from foveate.softmax.native import _DTYPES, _matrix, _readable
 
 try:
     from foveate import _native
@@ -22,22 +23,28 @@ except ImportError:
 EMPTY = "an empty tensor"
 SLOWER = "PyTorch's kernel is as fast or faster"
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING, _HIDDEN = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, -math.inf))
 _FEW_PAIRS = 4096  # below, finding the tiles that a mask leaves empty takes longer than it saves
+_PAIRS = {"amx", "avx512bf16"}  # kernels with instructions for products of bfloat16
 
 
-def slower(dtype: torch.dtype, queries: int, computed: float, *, biased: bool) -> bool:
-    """Whether PyTorch's forward kernel takes no longer than ours; `computed` is the part of the tiles that is needed.
+def slower(dtype: torch.dtype, queries: int, computed: float, *, grouped: bool) -> bool:
+    """Whether PyTorch's forward kernel takes no longer than ours, on two cores with AVX-512 and AMX.
 
-    Measured on two cores with AVX-512 and AMX against PyTorch 2.13: for now ours gains by the tiles that it skips.
+    `computed` is the part of all pairs that ours computes; `grouped`: several query heads read the same keys.
     """
-    return biased or dtype == torch.bfloat16 or queries < 256 or computed > 0.75
+    if queries == 1:
+        return not grouped  # what is gained is that the keys are read once
+    if dtype == torch.float32:
+        return queries < (64 if computed == 1 else 32)
+    if dtype == torch.bfloat16:
+        return queries < 64 or _native.chosen() not in _PAIRS
+    return queries < 256 or computed > 0.75
 
 
 def slower_backward(dtype: torch.dtype, queries: int) -> bool:
     """Whether PyTorch's backward kernel takes no longer than ours."""
-    return dtype != torch.float32 or queries < 64
+    return dtype != torch.float32 or queries < 128
 
 
 def missing() -> bool:
@@ -114,19 +121,20 @@ def plan(
     why = refusal(q, k, v, mask, dropout, causal, grouped=grouped)
     if why:
         return None, why
-    queries, keys = q.shape[2], k.shape[2]
-    if slower(q.dtype, queries, 0.0, biased=False):  # whatever the mask will turn out to be
+    queries, shares = q.shape[2], q.shape[1] != k.shape[1]
+    if slower(q.dtype, queries, 0.0, grouped=shares):  # whatever the mask will turn out to be
         return None, SLOWER
-    seen = _causal(queries, keys) if causal else _EVERYTHING if mask is None else _by_mask(mask, queries, keys)
-    if slower(q.dtype, queries, seen.computed, biased=seen.bias is not _NO_BIAS):
+    seen = _seen(mask, causal, queries, k.shape[2])
+    if slower(q.dtype, queries, seen.computed, grouped=shares):
         return None, SLOWER
-    return Plan(_dense_rows(q), _dense_rows(k), _dense_rows(v), seen), ""
+    return Plan(_readable(q), _readable(k), _readable(v), seen), ""
 
 
-def _causal(queries: int, keys: int) -> _Seen:
-    """PyTorch's causal mask, which is top-left: the first query stands at the first key."""
-    seen = min(queries, keys)
-    return _Seen(_ALL_TILES, 0, _NO_BIAS, 1.0 - (seen - 1) * seen / (2 * queries * keys) if queries <= keys else 1.0, ())
+def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Seen:
+    if causal:  # top-left: the first query stands at the first key
+        computed = queries / (2 * keys) if queries <= keys else 1 - keys / (2 * queries)
+        return _Seen(_ALL_TILES, 0, _NO_BIAS, computed, ())
+    return _EVERYTHING if mask is None else _by_mask(mask, queries, keys)
 
 
 def _by_mask(mask: Tensor, queries: int, keys: int) -> _Seen:
@@ -172,10 +180,8 @@ def gradients(
     scale: float | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
-    queries, keys = q.shape[2], k.shape[2]
-    seen = _causal(queries, keys) if causal else _EVERYTHING if mask is None else _by_mask(mask, queries, keys)
-    call = Plan(_dense_rows(q), _dense_rows(k), _dense_rows(v), seen)
-    d_out, out, lse = _dense_rows(d_out), _dense_rows(out), lse.contiguous()
+    call = Plan(_readable(q), _readable(k), _readable(v), _seen(mask, causal, q.shape[2], k.shape[2]))
+    d_out, out, lse = _readable(d_out), _readable(out), lse.contiguous()
     found = [torch.zeros(x.shape, dtype=torch.float32, device="cpu") for x in (q, k, v)]
     dq, dk, dv = (x.data_ptr() for x in found)
     _native.backward(*_call(call, scale, out, lse), _matrix(d_out), 0, (dq, dk, dv), (0, 0, 0, 0, 0), (0, 1))
@@ -198,12 +204,3 @@ def _call(plan: Plan, scale: float | None, out: Tensor, lse: Tensor) -> tuple[ob
 def added(mask: Tensor) -> Tensor:
     """A mask as what it adds to the scores."""
     return torch.where(mask, _NOTHING, _HIDDEN) if mask.dtype == torch.bool else mask
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _matrix(x: Tensor) -> tuple[int, int, int, int]:
-    batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row

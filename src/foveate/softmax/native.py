@@ -107,8 +107,9 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     starts = problem.query_start if isinstance(problem.query_start, Tensor) else None
     start = 0 if isinstance(problem.query_start, Tensor) else problem.query_start
     simple = reach(problem.pattern)
+    held: list[Tensor] = []
     if simple is not None:
-        pattern, held, lengths = "", [], simple.lengths
+        pattern, lengths = "", simple.lengths
         left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
@@ -218,7 +219,9 @@ def _backward(
         by_distance = [
             term for term in terms if terms[term][1] and not isinstance(term, Bias) and hasattr(term, "collect")
         ]
-        d_distances = torch.zeros(call.distances.shape, dtype=torch.float64) if by_distance else None
+        d_distances = None
+        if by_distance and call.distances is not None:
+            d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
             *call.arguments(out, lse.contiguous()), _matrix(d_out), d_lse.data_ptr(),
@@ -228,8 +231,9 @@ def _backward(
         )  # fmt: skip
         if bias is not None and d_bias is not None:
             terms[bias][0].copy_(d_bias.view(terms[bias][0].shape))
-        for term in by_distance:
-            term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
+        if d_distances is not None:
+            for term in by_distance:
+                term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
         if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
             taken = (d_out.double() * out.double()).sum(-1) - d_lse
             share = (call.score.sinks.logits.double()[:, None] - lse.double()).exp()
@@ -314,7 +318,7 @@ _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, 
 
 
 class Pages(NamedTuple):
-    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] holds keys i · size … of batch row b."""
+    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has keys i · size … of batch row b."""
 
     key_pages: Tensor
     value_pages: Tensor
