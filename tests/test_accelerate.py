@@ -638,6 +638,25 @@ def test_hugging_face_models(name: str) -> None:
     assert not acceleration.report().pytorch
 
 
+def test_grouped_heads_are_decoded_on_our_kernels() -> None:
+    """`generate()` with a cache: the prompt, then one query for each token, its keys read once for all their heads."""
+    model, _ = hugging_face()["llama"]
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    writer = LlamaForCausalLM(model.config).eval()
+    ids = torch.randint(0, 61, (1, 300), generator=torch.Generator().manual_seed(1))
+    how = {"max_new_tokens": 7, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    truth = writer.generate(ids, **how)
+    with fv.accelerate() as acceleration:
+        found = writer.generate(ids, **how)
+    assert torch.equal(found.sequences, truth.sequences)
+    for mine, theirs in zip(found.logits, truth.logits, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert acceleration.report().foveate == {("forward", ""): 2 * 7}
+    assert not acceleration.report().pytorch
+
+
 def calls_go_to_us() -> bool:
     q = made(1, 1, 512, 8, seed=1)
     with fv.accelerate() as acceleration:

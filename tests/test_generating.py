@@ -145,5 +145,6 @@ def test_a_decoder_cannot_see_its_future(name: str) -> None:
     changed[0, -1] = 42
     with torch.no_grad(), fv.patch(model(name)):
         before, after = (model(name)(x).logits for x in (ids, changed))
-    assert torch.equal(before[:, :-1], after[:, :-1])
+    # Not to the bit: gpt-oss multiplies the tokens of an expert together, and the last one may be among them.
+    assert (before - after)[:, :-1].abs().max() <= 1e-6 * before.abs().max()
     assert not torch.allclose(before[:, -1], after[:, -1], atol=1e-2)

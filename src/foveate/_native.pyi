@@ -9,20 +9,21 @@ def kernels() -> list[str]:
 def chosen() -> str:
     """The one that runs where none is named: not always the first, since some instructions do not pay everywhere."""
 
-def share_threads_of(library: str) -> bool:
-    """Use the threads of an OpenMP runtime that is loaded already; whether that can be."""
-
 def ceiling(what: str, threads: int) -> float:
     """The most this machine can do: GFLOP/s for "float32" and "bfloat16" (0 without instructions), GB/s for "read"."""
 
-# A call that was checked: addresses and strides in elements, in the order of `foveate.softmax.native._Call.arguments`;
-# nothing is checked here.
+def share_threads_of(library: str) -> bool:
+    """Use the threads of an OpenMP runtime that is loaded already; whether that can be."""
+
+# Nothing is checked here: addresses, strides in elements, sizes. `forward`, `backward` and `looked` all take first what
+# `foveate.softmax.native` makes of a call: dtype, q, k, v, out, lse, sizes, scale, pages, soft-cap, distances, bias,
+# sinks, seed, dropout, reach, tiles, the kernel's name and the number of threads.
 
 def forward(*call: object) -> None:
-    """Attention: fills `out` and `lse`."""
+    """Fill out and lse."""
 
 def backward(*call: object) -> None:
-    """The gradients of a call: after its own arguments those of `foveate.softmax.native._backward`."""
+    """Then d_out, d_lse, (dq, dk, dv), (d_bias, its sizes), (d_distances, its batch rows); fills the gradients."""
 
 def looked(*call: object) -> None:
-    """What each row looked at: after the call's own arguments those of `foveate.softmax.native.looked`."""
+    """Then how many keys to keep, indices, weights, (rest, entropy, received); fills them and lse."""
