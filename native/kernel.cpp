@@ -49,6 +49,7 @@ namespace UNIT {
 #include "forward.hpp"
 #include "forward_pairs.hpp"
 #include "backward.hpp"
+#include "backward_pairs.hpp"
 #include "score_gradients.hpp"
 #include "decode.hpp"
 #include "looked.hpp"
@@ -66,13 +67,25 @@ static void any_forward(const Call& call, const Band& band, char* scratch) {
 #endif
     forward(call, band, scratch);
 }
+static int64_t any_backward_bytes(const Call& call, int64_t tile_rows) {
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) return backward_pair_bytes(call, tile_rows);
+#endif
+    return backward_bytes(call, tile_rows);
+}
+static void any_backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
+#if defined(FOVEATE_PAIRS)
+    if (g.call.dtype == Dtype::bfloat16) return backward_pairs(g, band, turn, turns, scratch);
+#endif
+    backward(g, band, turn, turns, scratch);
+}
 }  // namespace UNIT
 
 extern const Kernel NAMED(kernel_, UNIT);  // or it would be this unit's alone
 const Kernel NAMED(kernel_, UNIT) = {
     TEXT(UNIT),
     UNIT::any_forward_bytes, UNIT::any_forward,
-    UNIT::backward_bytes, UNIT::backward,
+    UNIT::any_backward_bytes, UNIT::any_backward,
     UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
     UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
     UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,

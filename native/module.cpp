@@ -147,7 +147,6 @@ NB_MODULE(_native, module) {
     module.def("variants", &variants, "Every kernel that was compiled, the best first, and what this machine lacks for it.");
     module.def("chosen", [] { return std::string(kernel_of("").name); }, "The kernel that is used unless one is named.");
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
-    module.def("chosen", [] { return std::string(foveate::choose("")->name); }, "The one that runs where none is named.");
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));
     module.def("looked", bound(&looked));
