@@ -204,8 +204,9 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;
     const int64_t columns = tiles_of(call.keys);
     // Stretches of 512 keys and more, about 64 pieces in all; their number depends on the call alone, and so do the sums.
+    // None is longer than 2,048 keys: its tiles are summed one after the other, and a long row would be rounded too often.
     const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, groups));
-    const int64_t stretch = std::max<int64_t>(8, (columns + wanted - 1) / wanted), count = (columns + stretch - 1) / stretch;
+    const int64_t stretch = std::clamp<int64_t>((columns + wanted - 1) / wanted, 8, 32), count = (columns + stretch - 1) / stretch;
     const int64_t floats = kernel.part_floats(call) * rows;
     std::unique_ptr<float[]> parts(new float[static_cast<size_t>(groups * count * floats)]);
     const int64_t bytes = kernel.decode_bytes(call);
@@ -245,7 +246,7 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const Call& call = gradients.call;
     threads = threads_for(3 * products_of(call), threads);
     const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
-    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / (call.dim + call.value_dim))));
+    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / std::max<int64_t>(1, call.dim + call.value_dim))));
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
     gradients.passed = passed.data();
@@ -285,6 +286,8 @@ void looked(const Looked& given, const Kernel& kernel, int threads) {
     threads = threads_for(products_of(call), threads);
     const int64_t bytes = kernel.looked_bytes(looked), heads = call.batch * call.heads;
     const Bands single(call, 1), bands(call, most_tiles);
+    std::unique_ptr<float[]> of_rows(new float[static_cast<size_t>(2 * heads * call.queries)]);
+    looked.bases = of_rows.get(), looked.factors = of_rows.get() + heads * call.queries;
     spread(threads, heads * single.count, [&](int64_t n) {
         const int64_t at = n / single.count;
         kernel.rows_looked(looked, single.at(at / call.heads, at % call.heads, n % single.count), scratch_of(bytes));

@@ -73,6 +73,7 @@ struct Looked {
     float* weights;    // likewise
     float *rest, *entropy;  // [batch, heads, queries]
     float* received;        // [batch, heads, keys], zeros before
+    float *bases, *factors;  // [batch, heads, queries]: a weight is 2^(score − base) · factor; for the second pass
     std::atomic<int64_t>* passed;
 };
 

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,8 +54,9 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
     for (int n = 0; n < 4; ++n) call.bias_strides[n] = bias[n + 1];
     call.sinks = address<const float>(sinks);
     call.seed = static_cast<uint64_t>(seed);
-    call.threshold = static_cast<uint64_t>(dropout * 4294967296.0 + 0.5);
-    call.boost = static_cast<float>(1 / (1 - dropout));
+    // As Python rounds it. A rate that rounds to 1 keeps nothing: no word of 32 bits reaches that threshold.
+    call.threshold = static_cast<uint64_t>(std::nearbyint(dropout * 4294967296.0));
+    call.boost = call.threshold >> 32 ? 0.0f : static_cast<float>(1 / (1 - dropout));
     call.starts = address<const int64_t>(reach[0]), call.start = reach[1];
     call.lengths = address<const int64_t>(reach[2]), call.left = reach[3], call.right = reach[4];
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);

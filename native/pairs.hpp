@@ -180,11 +180,11 @@ static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool neg
         }
 }
 
-// Keys by dimension to dimension by keys: out[d · tile + key], zeros up to whole blocks.
+// Keys by dimension to dimension by keys: out[d · tile + key], zeros beyond the last key.
 static void turn_pairs(const Call& call, const View& view, int64_t batch, int64_t head, int64_t first, int64_t count,
                        int64_t dim, uint16_t* out, bool paged) {
     const uint16_t* data = static_cast<const uint16_t*>(view.data);
-    for (int64_t key = 0; key < blocks(count, 32) * 32; key += 32)
+    for (int64_t key = 0; key < tile; key += 32)
         for (int64_t d = 0; d < dim; d += 16) {
             const __mmask16 inside = static_cast<__mmask16>(dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1);
             Floats square[lanes];

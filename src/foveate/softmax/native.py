@@ -34,6 +34,7 @@ if _native is not None:
 TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
+_FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -146,7 +147,7 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     held: Sequence[Tensor] = ()
     if simple is not None:
         pattern, lengths = "", simple.lengths
-        left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
+        left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
@@ -247,7 +248,7 @@ def _backward(
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix.
     d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
-    if q.numel() and k.numel() and out.numel():
+    if lse.numel():
         call = _Call(q, k, v, given)
         d_out, out = _readable(d_out), _readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
@@ -389,7 +390,7 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     weights = torch.empty(batch, heads, queries, top)
     rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
     received = torch.zeros(batch, heads, keys)
-    if indices.numel():
+    if lse.numel():
         call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
         out = problem.q  # nothing is written there
         _native.looked(
