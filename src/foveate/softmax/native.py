@@ -231,7 +231,7 @@ class _Call:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, dim = q.shape
+    batch, heads, queries, _ = q.shape
     out = torch.empty((batch, heads, queries, v.shape[3]), dtype=q.dtype)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32)
     if out.numel() or lse.numel():
@@ -356,7 +356,7 @@ _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, 
 
 
 class Pages(NamedTuple):
-    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has batch row b's keys from i · size."""
+    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has row b's keys from i · size on."""
 
     key_pages: Tensor
     value_pages: Tensor
