@@ -40,8 +40,8 @@ struct Call {
     uint64_t seed, threshold;  // threshold 0: nothing is dropped
     float boost;
 
-    // Who sees whom. A row has the position row + starts[b] (null: row + start). Without a summary it sees the keys from
-    // position − left to position + right (−1: no limit) that lie before lengths[b] (null: before `keys`).
+    // Who sees whom. A row has the position row + starts[b] (null: row + start), and the keys lie before lengths[b] (null:
+    // before `keys`). Without a summary it sees those from position − left to position + right (−1: no limit).
     const int64_t *starts, *lengths;
     int64_t start, left, right;
     // With a summary: its tiles in rows.
@@ -104,12 +104,11 @@ struct Kernel {
 inline int64_t start_of(const Call& call, int64_t batch) { return call.starts ? call.starts[batch] : call.start; }
 inline int64_t tiles_of(int64_t length) { return (length + tile - 1) / tile; }
 
-extern const Kernel kernel_amx, kernel_avx512bf16, kernel_avx512, kernel_avx2, kernel_baseline;
-
-// The best kernel of this machine, or the named one; null if the machine has no such instructions.
+// Every kernel that was compiled, best first, with those that this machine cannot run.
+int64_t known_kernels(const Kernel* const** all);
+const char* why_not_here(const Kernel& kernel);  // what this machine lacks for it; null if it runs here
+// The best kernel of this machine, or the named one; null if it does not run here.
 const Kernel* choose(const char* name);
-int64_t known_kernels(const Kernel* const** all);  // best first, with those that this machine cannot run
-bool runs_here(const Kernel& kernel);
 
 // The whole of a call, on `threads` threads.
 void forward(const Call& call, const Kernel& kernel, int threads);

@@ -11,6 +11,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "attention.hpp"
@@ -19,7 +21,7 @@
 #define UNIT amx
 #define FOVEATE_PAIRS
 #define FOVEATE_AVX512
-#elif defined(FOVEATE_BF16)
+#elif defined(FOVEATE_AVX512BF16)
 #define UNIT avx512bf16
 #define FOVEATE_PAIRS
 #define FOVEATE_AVX512
@@ -27,6 +29,8 @@
 #define UNIT avx512
 #elif defined(FOVEATE_AVX2)
 #define UNIT avx2
+#elif defined(FOVEATE_NEON)
+#define UNIT neon
 #else
 #define UNIT baseline
 #endif
@@ -64,6 +68,7 @@ static void any_forward(const Call& call, const Band& band, char* scratch) {
 }
 }  // namespace UNIT
 
+extern const Kernel NAMED(kernel_, UNIT);  // or it would be this unit's alone
 const Kernel NAMED(kernel_, UNIT) = {
     TEXT(UNIT),
     UNIT::any_forward_bytes, UNIT::any_forward,
