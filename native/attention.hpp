@@ -19,7 +19,8 @@ struct View {
 struct Call {
     Dtype dtype;
     View q, k, v, out;
-    float* lse;  // [batch, heads, queries], contiguous
+    float* lse;   // [batch, heads, queries], contiguous
+    float* rest;  // likewise, what rounding to float32 took from it; null: not kept. A backward pass is the finer for it.
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     float scale;
 

@@ -31,8 +31,9 @@ static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch
 }
 
 // A tile of rows made ready: queries and the gradient of the output across the lanes, log-sum-exp and δ.
+// The log-sum-exp is binary, in two parts: one float32 would cost as many digits as it has before its point.
 struct Ready {
-    float *q, *d_out, *lse, *delta;
+    float *q, *d_out, *lse, *lse_rest, *delta;
 };
 
 // Log-sum-exp (binary) and δ of a tile of rows, the first of which is number `at` of all.
@@ -40,7 +41,9 @@ static void rows_ready(const Gradients& g, int64_t at, int64_t rows, const Rows&
     const Call& call = g.call;
     for (int64_t row = 0; row < tile; ++row) {
         const float lse = row < rows ? call.lse[at + row] : -INFINITY;
-        ready.lse[row] = lse == -INFINITY ? INFINITY : lse * log2e;  // no weight for a row that sees nothing
+        const double binary = (static_cast<double>(lse) + (call.rest && row < rows ? call.rest[at + row] : 0)) * 1.44269504088896341;
+        ready.lse[row] = lse == -INFINITY ? INFINITY : static_cast<float>(binary);  // no weight for a row that sees nothing
+        ready.lse_rest[row] = lse - lse == 0 ? static_cast<float>(binary - ready.lse[row]) : 0.0f;
         ready.delta[row] = 0;
         if (row >= rows) continue;
         Floats sum{};
@@ -73,7 +76,7 @@ template <bool some_hidden>
 static void score_gradients(const Call& call, const Place& at, int64_t active, float binary, const Ready& ready,
                             float* weights, float* d_scores, float* slopes) {
     for (int64_t n = 0; n < active * lanes; n += lanes) {
-        const Floats lse = load(ready.lse + n), delta = load(ready.delta + n);
+        const Floats lse = load(ready.lse + n), lse_rest = load(ready.lse_rest + n), delta = load(ready.delta + n);
         for (int64_t key = 0; key < at.keys; key += 4) {
             Floats factors[4];
             if (call.threshold) dropped(call, at, key, n, factors);
@@ -81,7 +84,7 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
             for (int64_t more = 0; more < end; ++more) {
                 const int64_t place = (key + more) * tile + n;
                 const Floats score = load(weights + place);
-                Floats weight = power_of_two(score * spread(binary) - lse);
+                Floats weight = power_of_two(score * spread(binary) - lse - lse_rest);
                 if (some_hidden) weight = score == spread(-INFINITY) ? Floats{} : weight;  // whatever the row's lse is
                 Floats d_weight = load(d_scores + place);
                 if (call.threshold) d_weight *= factors[more];
@@ -122,14 +125,14 @@ static TileGradients tile_gradients(const Gradients& g, const Columns& mine, con
     return through_softmax(call, mine, at, ready, weights, d_scores, slopes);
 }
 
-static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 2); }
+static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 3); }
 
 static Ready ready_at(const Call& call, float*& next) {
     float* q = next;
     float* d_out = q + tile * call.dim;
     float* lse = d_out + tile * call.value_dim;
-    next = lse + 2 * tile;
-    return {q, d_out, lse, lse + tile};
+    next = lse + 3 * tile;
+    return {q, d_out, lse, lse + tile, lse + 2 * tile};
 }
 
 static int64_t backward_bytes(const Call& call, int64_t tile_rows) {

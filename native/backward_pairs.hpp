@@ -28,7 +28,7 @@ static void add_chunks(float* to, const float* from, int64_t count, int64_t dim,
 static int64_t pair_row_floats(const Call& call) {
     const int64_t across = tile * (pair_stride(call.dim) + pair_stride(call.value_dim)) / 2;
     const int64_t woven = tile * tile / 2 * (blocks(call.dim, 64) + blocks(call.value_dim, 64));
-    return across + woven + 2 * tile + tile * blocks(call.dim, 16) * 16;
+    return across + woven + 3 * tile + tile * blocks(call.dim, 16) * 16;
 }
 
 static int64_t backward_pair_bytes(const Call& call, int64_t tile_rows) {
@@ -68,7 +68,7 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
         q[r] = words(tile * pair_stride(dim) / 2), d_out[r] = words(tile * pair_stride(value_dim) / 2);
         q_woven[r] = words(tile * tile / 2 * chunks), d_woven[r] = words(tile * tile / 2 * value_chunks);
-        ready[r] = {nullptr, nullptr, room(tile), room(tile)};
+        ready[r] = {nullptr, nullptr, room(tile), room(tile), room(tile)};
         dq[r] = room(tile * dim_blocks * 16);
         memset(dq[r], 0, sizeof(float) * static_cast<size_t>(tile * dim_blocks * 16));
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, key_rows, false), rows, dim, false, q[r]);

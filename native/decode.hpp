@@ -228,7 +228,7 @@ static void merge(const Call& call, int64_t batch, int64_t key_head, const float
         }
         const float factor = total == 0 ? 0.0f : 1.0f / total;
         for (int64_t d = 0; d < value_wide; d += lanes) store(out + d, load(out + d) * spread(factor));
-        call.lse[(batch * call.heads + head) * call.queries + query] = total == 0 ? -INFINITY : base * ln2 + logf(total);
+        leave_lse(call, (batch * call.heads + head) * call.queries + query, base, total);
         leave_row(call, batch * call.out.batch + head * call.out.head + query * call.out.row, out);
     }
 }

@@ -142,14 +142,21 @@ static void leave_row(const Call& call, int64_t place, const float* numbers) {
         narrow_row(numbers, static_cast<uint16_t*>(call.out.data) + place, call.value_dim, call.dtype == Dtype::bfloat16);
 }
 
+// The log-sum-exp of row number `at` of all.
+static inline void leave_lse(const Call& call, int64_t at, float base, float sum) {
+    const double exact = static_cast<double>(base) * 0.693147180559945309 + log(static_cast<double>(sum));
+    const float rounded = sum == 0 ? -INFINITY : static_cast<float>(exact);
+    call.lse[at] = rounded;
+    if (call.rest) call.rest[at] = rounded - rounded == 0 ? static_cast<float>(exact - rounded) : 0.0f;
+}
+
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
                   float* factors, float* row_scratch) {
-    float* lse = call.lse + (batch * call.heads + head) * call.queries + first_row;
     for (int64_t row = 0; row < rows; ++row) {
         const float sum = state.total[row];
         factors[row] = sum == 0 ? 0.0f : 1.0f / sum;
-        lse[row] = sum == 0 ? -INFINITY : state.base[row] * ln2 + logf(sum);
+        leave_lse(call, (batch * call.heads + head) * call.queries + first_row + row, state.base[row], sum);
     }
     for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;

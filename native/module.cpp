@@ -34,7 +34,7 @@ static const foveate::Kernel& kernel_of(const std::string& name) {
 }
 
 // What forward, backward and looked have in common; the fields are those of foveate::Call.
-static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
+static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const std::array<int64_t, 2>& lse,
                              const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages,
                              float softcap, const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias,
                              int64_t sinks, int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
@@ -42,7 +42,7 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
     foveate::Call call{};
     call.dtype = static_cast<foveate::Dtype>(dtype);
     call.q = view(q), call.k = view(k), call.v = view(v), call.out = view(out);
-    call.lse = address<float>(lse);
+    call.lse = address<float>(lse[0]), call.rest = address<float>(lse[1]);
     call.batch = sizes[0], call.heads = sizes[1], call.key_heads = sizes[2];
     call.queries = sizes[3], call.keys = sizes[4], call.dim = sizes[5], call.value_dim = sizes[6];
     call.scale = scale;
@@ -67,7 +67,7 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
 
 template <typename... More>
 static auto bound(void (*function)(const foveate::Call&, const foveate::Kernel&, int, More...)) {
-    return [function](int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, int64_t lse,
+    return [function](int dtype, const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const std::array<int64_t, 2>& lse,
                       const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages, float softcap,
                       const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
                       int64_t seed, double dropout, const std::array<int64_t, 5>& reach,

@@ -55,13 +55,13 @@ def test_the_operators_keep_their_contract(kind: str, dtype: torch.dtype) -> Non
     given = native._arguments(call, "", 0)
     torch.library.opcheck(torch.ops.foveate.native_forward.default, (q, k, v, *given))
     with torch.no_grad():
-        out, lse = native._forward_op(q, k, v, *given)
+        out, lse, residue = native._forward_op(q, k, v, *given)
     wanted = [x.requires_grad for x in given.tensors]
     clean = [x.detach() for x in (q, k, v)]
     held, tensors, *rest = given
     torch.library.opcheck(
         torch.ops.foveate.native_backward.default,
-        (normal(*out.shape, dtype=dtype), normal(*lse.shape), out, lse, wanted, *clean, held,
+        (normal(*out.shape, dtype=dtype), normal(*lse.shape), out, lse, residue, wanted, *clean, held,
          [x.detach() for x in tensors], *rest),
     )  # fmt: skip
 

@@ -194,7 +194,7 @@ def _call(plan: Plan, scale: float | None, out: Tensor, lse: Tensor) -> tuple[ob
     batch, heads, queries, dim = q.shape
     _, key_heads, keys, value_dim = v.shape
     return (
-        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(),
+        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
         (batch, heads, key_heads, queries, keys, dim, value_dim), 1 / math.sqrt(dim) if scale is None else scale,
         (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, "",
         torch.get_num_threads(),

@@ -123,9 +123,10 @@ def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, 
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
     if _is_plain(problem):  # nothing has to see an operator: an eighth of the overhead
-        return _forward(problem.q, problem.k, problem.v, arguments)
-    out: tuple[Tensor, Tensor] = _forward_op(problem.q, problem.k, problem.v, *arguments)
-    return out
+        out, lse, _ = _forward(problem.q, problem.k, problem.v, arguments)
+    else:
+        out, lse, _ = _forward_op(problem.q, problem.k, problem.v, *arguments)
+    return out, lse
 
 
 def _is_plain(problem: Problem) -> bool:
@@ -181,7 +182,7 @@ class _Call:
         self.alive.append(x.contiguous())
         return self.alive[-1].data_ptr()
 
-    def arguments(self, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+    def arguments(self, out: Tensor, lse: Tensor, rest: Tensor | None = None) -> tuple[Any, ...]:
         """What `_native.forward` and its kin take first."""
         q, k, v = self.alive[:3]
         given, bias, distances = self.given, self.bias, self.distances
@@ -197,7 +198,8 @@ class _Call:
             0 if given.lengths is None else self._hold(given.lengths.long()), given.left, given.right,
         )  # fmt: skip
         return (
-            self.dtype, _matrix(q), _matrix(k), _matrix(v), _matrix(out), lse.data_ptr(), self.sizes, given.scale,
+            self.dtype, _matrix(q), _matrix(k), _matrix(v), _matrix(out),
+            (lse.data_ptr(), 0 if rest is None else rest.data_ptr()), self.sizes, given.scale,
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
             (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
@@ -230,17 +232,21 @@ class _Call:
         )  # fmt: skip
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
-        _native.forward(*call.arguments(out, lse))
-    return out, lse
+        _native.forward(*call.arguments(out, lse, rest))
+    return out, lse, rest
 
 
 def _backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, given: _Arguments,
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    given: _Arguments,
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v and of those tensors of the score that are wanted (the others are zeros)."""
@@ -261,7 +267,7 @@ def _backward(
             d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous()), _matrix(d_out), d_lse.data_ptr(),
+            *call.arguments(out, lse.contiguous(), rest.contiguous()), _matrix(d_out), d_lse.data_ptr(),
             (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
@@ -273,7 +279,7 @@ def _backward(
                 term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
         if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
             taken = (d_out.double() * out.double()).sum(-1) - d_lse
-            share = (call.score.sinks.logits.double()[:, None] - lse.double()).exp()
+            share = (call.score.sinks.logits.double()[:, None] - lse.double() - rest.double()).exp()
             share = share.masked_fill(lse == -torch.inf, 0)
             terms[call.score.sinks][0].sub_((share * taken).sum((0, 2)))
     pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, given.tensors, strict=True)]
@@ -292,33 +298,34 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
     lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
     seed: int, kernel: str, threads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, _Arguments(
         held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
     ))  # fmt: skip
 
 
 @_forward_op.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse, rest
 
 
 @torch.library.custom_op("foveate::native_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool],
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, wanted: Sequence[bool],
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
     lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
     seed: int, kernel: str, threads: int,
 ) -> list[Tensor]:  # fmt: skip
-    return _backward(d_out, d_lse, out, lse, q, k, v, _Arguments(
+    return _backward(d_out, d_lse, out, lse, rest, q, k, v, _Arguments(
         held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
     ), wanted)  # fmt: skip
 
 
 @_backward_op.register_fake
 def _backward_fake(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool], q: Tensor, k: Tensor, v: Tensor,
-    held: Sequence[Tensor], tensors: Sequence[Tensor], *given: Any,
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, wanted: Sequence[bool],
+    q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], *given: Any,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
 
@@ -332,16 +339,16 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(*output, q, k, v, *held, *tensors, *extra)
 
 
-def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor, d_rest: Tensor) -> tuple[Any, ...]:
     held, tensors, has_starts, has_lengths = ctx.counts
-    out, lse, q, k, v, *more = ctx.saved_tensors
+    out, lse, rest, q, k, v, *more = ctx.saved_tensors
     extra = more[held + tensors :]
     starts = extra.pop(0) if has_starts else None
     lengths = extra.pop(0) if has_lengths else None
     with without_autocast(q.device):
         dq, dk, dv, *d_tensors = _backward_op(
-            d_out, d_lse, out, lse, ctx.wanted, q, k, v, more[:held], more[held : held + tensors], starts, lengths,
-            *ctx.rest,
+            d_out, d_lse, out, lse, rest, ctx.wanted, q, k, v, more[:held], more[held : held + tensors], starts,
+            lengths, *ctx.rest,
         )  # fmt: skip
     return dq, dk, dv, [None] * held, d_tensors, *[None] * (2 + len(ctx.rest))
 
@@ -375,7 +382,8 @@ class Pages(NamedTuple):
 def run_paged(problem: Problem, pages: Pages, lengths: Tensor) -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
     given = _arguments(problem, "", 0)._replace(lengths=lengths)  # no page past a length is touched
-    return Result(*_forward(problem.q, pages.key_pages, pages.value_pages, given, pages))
+    out, lse, _ = _forward(problem.q, pages.key_pages, pages.value_pages, given, pages)
+    return Result(out, lse)
 
 
 def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tuple[Tensor, ...]:
