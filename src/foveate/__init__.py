@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
-    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "weights"),
+    "foveate.functional": ("attention", "attention_with_lse", "explain", "linear_attention", "merge", "weights"),
+    "foveate.linear.features": ("elu_plus_one",),
+    "foveate.linear_problem": ("LinearState",),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
@@ -39,7 +41,9 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
-    from foveate.functional import attention, attention_with_lse, explain, merge, weights
+    from foveate.functional import attention, attention_with_lse, explain, linear_attention, merge, weights
+    from foveate.linear.features import elu_plus_one
+    from foveate.linear_problem import LinearState
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (
         bigbird,
