@@ -11,7 +11,10 @@ __version__ = "0.1.0"
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": ("attention", "attention_with_lse", "explain", "linear_attention", "merge", "weights"),
-    "foveate.linear.features": ("elu_plus_one",),
+    "foveate.linear.features": ("Favor", "cosformer", "elu_plus_one", "favor", "hedgehog", "taylor"),
+    "foveate.linear_forms": (
+        "delta", "elu_linear", "gated_delta", "gated_linear", "kimi_delta", "performer", "retention",
+    ),
     "foveate.linear_problem": ("LinearState",),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
@@ -42,7 +45,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import attention, attention_with_lse, explain, linear_attention, merge, weights
-    from foveate.linear.features import elu_plus_one
+    from foveate.linear.features import Favor, cosformer, elu_plus_one, favor, hedgehog, taylor
+    from foveate.linear_forms import delta, elu_linear, gated_delta, gated_linear, kimi_delta, performer, retention
     from foveate.linear_problem import LinearState
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (
