@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
-    "foveate.functional": ("attention", "attention_with_lse", "explain", "linear_attention", "merge", "weights"),
+    "foveate.functional": (
+        "attention", "attention_with_lse", "explain", "linear_attention", "merge", "paged_attention", "weights",
+    ),
     "foveate.linear.features": ("Favor", "cosformer", "elu_plus_one", "favor", "hedgehog", "taylor"),
     "foveate.linear_forms": (
         "delta", "elu_linear", "gated_delta", "gated_linear", "kimi_delta", "performer", "retention",
@@ -44,7 +46,15 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
-    from foveate.functional import attention, attention_with_lse, explain, linear_attention, merge, weights
+    from foveate.functional import (
+        attention,
+        attention_with_lse,
+        explain,
+        linear_attention,
+        merge,
+        paged_attention,
+        weights,
+    )
     from foveate.linear.features import Favor, cosformer, elu_plus_one, favor, hedgehog, taylor
     from foveate.linear_forms import delta, elu_linear, gated_delta, gated_linear, kimi_delta, performer, retention
     from foveate.linear_problem import LinearState
