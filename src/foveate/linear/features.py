@@ -150,5 +150,6 @@ def _orthogonal(count: int, dim: int, generator: torch.Generator | None) -> Tens
     q, r = torch.linalg.qr(blocks)
     # QR picks the signs: with those of r's diagonal the rotation is uniform.
     rotations = (q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]).mT
-    lengths: Tensor = gaussian(count, dim).norm(dim=-1, keepdim=True)
-    return rotations.flatten(0, 1)[:count] * lengths
+    lengths = gaussian(count, dim).norm(dim=-1, keepdim=True)
+    directions: Tensor = rotations.flatten(0, 1)[:count] * lengths
+    return directions
