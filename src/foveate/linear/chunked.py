@@ -50,10 +50,14 @@ def run(problem: LinearProblem, chunk: int | None = None) -> tuple[Tensor, Tenso
 
 def _is_finite(problem: LinearProblem) -> bool:
     """Whether it is known that all is finite: on a CPU a look at the extremes is cheap, elsewhere it would wait."""
-    looked = (problem.k, problem.v, problem.state, *(x for x in (problem.decay, problem.beta) if x is not None))
+    looked = [x for x in (problem.k, problem.v, problem.state, problem.beta, problem.decay) if x is not None]
     if any(x.device.type != "cpu" or (x.numel() and not is_known(x)) for x in looked):
         return False
-    return all(math.isfinite(float(end.detach())) for x in looked if x.numel() for end in x.aminmax())
+    for x in looked:
+        low, high = (float(end.detach()) for end in x.aminmax()) if x.numel() else (0.0, 0.0)
+        if math.isnan(high) or (x is not problem.decay and not (math.isfinite(low) and math.isfinite(high))):
+            return False  # a decay may be −∞
+    return True
 
 
 def _with_broken(problem: LinearProblem, chunk: int) -> tuple[Tensor, Tensor]:
@@ -62,13 +66,12 @@ def _with_broken(problem: LinearProblem, chunk: int) -> tuple[Tensor, Tensor]:
     So it is left out of the products, and the rows that come after it are NaN.
     """
     bad = _broken(problem)
-    k, v, decay, beta, state = (
-        x if x is None else x.masked_fill(~x.isfinite(), _NOTHING if x is problem.decay else 0)
-        for x in (problem.k, problem.v, problem.decay, problem.beta, problem.state)
-    )
-    assert k is not None
-    assert v is not None
-    assert state is not None
+    k, v, state = (x.masked_fill(~x.isfinite(), 0) for x in (problem.k, problem.v, problem.state))
+    decay, beta = problem.decay, problem.beta
+    if decay is not None:
+        decay = decay.masked_fill(decay.isnan(), 0)
+    if beta is not None:
+        beta = beta.masked_fill(~beta.isfinite(), 0)
     out, last = _finite(replace(problem, k=k, v=v, decay=decay, beta=beta, state=state), chunk)
     place = torch.arange(bad.shape[-1], device=bad.device)
     first = place.new_zeros(1, bad.shape[-1])  # where the document of each place begins; place 0 is the given state
