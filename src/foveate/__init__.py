@@ -13,6 +13,8 @@ _HOME = {
     "foveate.functional": (
         "attention", "attention_with_lse", "explain", "linear_attention", "merge", "paged_attention", "weights",
     ),
+    "foveate.integrations.torch": ("accelerate", "report", "restore"),
+    "foveate.integrations.transformers": ("patch", "register", "unpatch", "unregister"),
     "foveate.linear.features": ("Favor", "cosformer", "elu_plus_one", "favor", "hedgehog", "taylor"),
     "foveate.linear_forms": (
         "delta", "elu_linear", "gated_delta", "gated_linear", "kimi_delta", "performer", "retention",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
         paged_attention,
         weights,
     )
+    from foveate.integrations.torch import accelerate, report, restore
+    from foveate.integrations.transformers import patch, register, unpatch, unregister
     from foveate.linear.features import Favor, cosformer, elu_plus_one, favor, hedgehog, taylor
     from foveate.linear_forms import delta, elu_linear, gated_delta, gated_linear, kimi_delta, performer, retention
     from foveate.linear_problem import LinearState

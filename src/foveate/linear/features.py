@@ -88,9 +88,8 @@ def cosformer(length: int, *, start: int = 0) -> Callable[[Tensor], Tensor]:
                 f"cosformer({length}) was given steps up to {start + x.shape[-2]}: wanted a length that covers them "
                 "all, since its weights would turn negative"
             )
-        angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=x.dtype)[:, None] * (
-            math.pi / 2 / length
-        )
+        place = torch.arange(start, start + x.shape[-2], device=x.device, dtype=x.dtype)[:, None]
+        angle = place * (math.pi / 2 / length)
         x = x.relu()
         return torch.cat([x * angle.cos(), x * angle.sin()], -1)
 
