@@ -10,9 +10,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
-    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "paged_attention", "weights"),
+    "foveate.functional": (
+        "attention", "attention_with_lse", "explain", "linear_attention", "merge", "paged_attention", "weights",
+    ),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
     "foveate.integrations.transformers": ("patch", "register", "unpatch", "unregister"),
+    "foveate.linear.features": ("Favor", "cosformer", "elu_plus_one", "favor", "hedgehog", "taylor"),
+    "foveate.linear_forms": (
+        "delta", "elu_linear", "gated_delta", "gated_linear", "kimi_delta", "performer", "retention",
+    ),
+    "foveate.linear_problem": ("LinearState",),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
@@ -41,9 +48,20 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
-    from foveate.functional import attention, attention_with_lse, explain, merge, paged_attention, weights
+    from foveate.functional import (
+        attention,
+        attention_with_lse,
+        explain,
+        linear_attention,
+        merge,
+        paged_attention,
+        weights,
+    )
     from foveate.integrations.torch import accelerate, report, restore
     from foveate.integrations.transformers import patch, register, unpatch, unregister
+    from foveate.linear.features import Favor, cosformer, elu_plus_one, favor, hedgehog, taylor
+    from foveate.linear_forms import delta, elu_linear, gated_delta, gated_linear, kimi_delta, performer, retention
+    from foveate.linear_problem import LinearState
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (
         bigbird,

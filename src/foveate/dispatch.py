@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from foveate.errors import unknown_name, unsupported
+from foveate.linear_problem import LinearProblem, LinearState
 from foveate.problem import Problem, Result, without_autocast
 
 # The order of preference. `reference` holds n×n weights and flex compiles at run time: see `_automatic`.
@@ -144,3 +146,44 @@ def observe(observer: Observer) -> Callable[[], None]:
     """Tell `observer` of every problem in this context from now on; the returned function ends it."""
     token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
     return lambda: _OBSERVERS.reset(token)
+
+
+LINEAR_NAMES = ("chunked", "recurrence")
+
+
+@runtime_checkable
+class LinearImplementation(Protocol):
+    """What a file in `linear/` offers."""
+
+    def refuses(self, problem: LinearProblem) -> list[str]:
+        """Every reason for which it cannot; empty when it can."""
+
+    def run(self, problem: LinearProblem) -> tuple[Tensor, Tensor]:
+        """(out, the last state) of a problem that it does not refuse."""
+
+
+def linear_implementation(name: str) -> LinearImplementation:
+    """The module of the linear family behind a name, loaded on first use."""
+    match name:
+        case "chunked":
+            from foveate.linear import chunked
+
+            return chunked
+        case "recurrence":
+            from foveate.linear import recurrence
+
+            return recurrence
+        case _:
+            raise unknown_name("backend", name, ("auto", *LINEAR_NAMES))
+
+
+def dispatch_linear(problem: LinearProblem, backend: str = "auto") -> tuple[Tensor, LinearState]:
+    """Run the first implementation of the linear family that does not refuse, or the named one."""
+    if backend == "auto":
+        backend = "recurrence" if problem.k.shape[2] <= 1 else "chunked"  # one step needs no chunk
+    chosen = linear_implementation(backend)
+    reasons = chosen.refuses(problem)
+    if reasons:
+        raise unsupported({backend: reasons})
+    with without_autocast(problem.q.device):
+        return problem.result(*chosen.run(problem))

@@ -99,8 +99,8 @@ def problem(
     needs_lse: bool = False,
 ) -> Problem:
     """Check a call with four-dimensional q, k, v and resolve its defaults; raises `InvalidInput` in one sentence."""
-    q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_tensors(q, k, v)
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     start = _check_start(query_start, q, keys)
     if isinstance(pattern, Tensor):
@@ -135,7 +135,8 @@ def problem(
     return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of autocast, where that is on."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise InvalidInput(f"q, k, v are {kinds}: wanted three tensors")
@@ -146,7 +147,8 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Whether q, k and v are four-dimensional and fit each other, or `InvalidInput` with what was wanted."""
     wanted = _wanted(q, k, v)
     if wanted:
         given = ", ".join(f"{name} is {describe(x)} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))

@@ -75,19 +75,20 @@ class PackedDocuments(Pattern):
 
     cu_seqlens: Tensor
 
-    def _id(self, position: Tensor) -> Tensor:
+    def number(self, position: Tensor) -> Tensor:
+        """Which document a position belongs to; −1 is none."""
         number = torch.searchsorted(self.cu_seqlens.long(), position.contiguous(), right=True) - 1
         return torch.where(number < self.cu_seqlens.shape[0] - 1, number, -1)
 
     def visible(self, at: Pairs) -> Tensor:
-        query, key = self._id(at.query), self._id(at.key)
+        query, key = self.number(at.query), self.number(at.key)
         return (query == key) & (query >= 0)
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         past = self.cu_seqlens.shape[0] - 1  # sorts what belongs to no document behind the last one
 
         def ends(first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-            low, high = self._id(first), self._id(end - 1)
+            low, high = self.number(first), self.number(end - 1)
             low_known = torch.where((low < 0) & (first >= self.cu_seqlens[-1]), past, low)
             return low_known, torch.where((high < 0) & (end > self.cu_seqlens[-1]), past, high)
 
