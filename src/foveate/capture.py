@@ -6,6 +6,7 @@ time, so nothing n×n exists unless all rows and columns were asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
-from foveate.primitives import masked_softmax, raw_scores
+from foveate.primitives import normalized, raw_scores
 from foveate.problem import Problem, accumulator, without_autocast
 
 _ENTRIES_AT_ONCE = 1 << 24  # scores held at once: 64 MiB in float32
@@ -28,7 +29,7 @@ class Looked:
     were visible. `rest` `[B, H, Nq]`: the weight that is not among them, so that weights + rest + sink = 1.
     `received` `[B, H, Nk]`: the sum of the weights that each key got.
     `watchers` `[B, H, Nk]`: how many rows may see each key.
-    `lse`, `entropy` (nats) `[B, H, Nq]`.
+    `lse`, `entropy` (nats) `[B, H, Nq]`; the log-sum-exp is NaN under a normalizer that has none.
     """
 
     indices: Tensor
@@ -87,13 +88,8 @@ def _by_rows(problem: Problem, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | 
         with without_autocast(problem.q.device):
             scores = raw_scores(problem.q.index_select(2, part).to(wide), k) * problem.scale
             at = Pairs(whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys)
-            sinks = None
-            if problem.score is not None:
-                scores = problem.score.apply(scores, at)
-                sinks = problem.score.sinks.of(at) if problem.score.sinks else None
-            visible = None if problem.pattern is None else problem.pattern.visible(at).broadcast_to(scores.shape)
-            shares, lse = masked_softmax(scores, visible, sinks)
-        yield shares, visible, lse
+            shares, visible, lse = normalized(problem, scores, at)
+        yield shares, visible, shares.new_full(shares.shape[:3], math.nan) if lse is None else lse
 
 
 def _places(places: Sequence[int] | Tensor | None, count: int, what: str, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from foveate import capture
 from foveate.dispatch import Choice, choose, dispatch
 from foveate.errors import InvalidInput
+from foveate.normalizers import Normalizer
 from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
@@ -37,6 +38,7 @@ def attention(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
@@ -50,6 +52,7 @@ def attention(
         scale: the factor before the softmax; None = dim^-½.
         query_start: the position of the first query among the keys, an int or `[batch]`; None = the last query
             stands at the last key, as in decoding with a cache.
+        normalizer: how scores become weights: softmax_plus_one, sigmoid, sparsemax, entmax(α), hardmax; None = softmax.
         dropout: the probability that a weight is dropped, by Philox of (`seed`, batch, head, query, key); in [0, 1).
         seed: of the dropout; None draws one from torch's default generator.
         backend: "auto", or the name of one implementation, which then runs or raises.
@@ -66,7 +69,7 @@ def attention(
     >>> fv.attention(q, k, v, fv.causal, scale=100.0)[0, 0, 1].round()
     tensor([0., 1., 0.])
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=False)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=False)
     out = dispatch(call, backend).out
     return out if batched else out[0]
 
@@ -80,15 +83,17 @@ def attention_with_lse(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]:
     """`attention`, and the log-sum-exp of every row: natural logarithm, float32 or wider, −inf where no key is seen.
 
-    Both are differentiable. The sum includes sinks, so in split work give those to one part only.
+    Both are differentiable. The sum includes sinks, so in split work give those to one part only; the 1 of
+    softmax_plus_one is one. Every other normalizer has no log-sum-exp and raises `InvalidInput`.
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=True)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=True)
     result = dispatch(call, backend)
     assert result.lse is not None
     return (result.out, result.lse) if batched else (result.out[0], result.lse[0])
@@ -103,13 +108,14 @@ def weights(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     rows: Sequence[int] | Tensor | None = None,
     columns: Sequence[int] | Tensor | None = None,
 ) -> Float[Tensor, "*batch heads rows columns"]:
     """The exact weights that `attention` gives, for some rows and columns; None means all of them.
 
     Normalised over all keys, then picked: a row sums to 1 over all columns (less with sinks, 0 without a visible
-    key). float32 or wider. Memory follows what is asked for. Negative rows and columns count from the end.
+    key, and whatever it is with sigmoid). float32 or wider. Memory follows what is asked for. Negative rows and columns count from the end.
 
     >>> import torch
     >>> import foveate as fv
@@ -117,7 +123,7 @@ def weights(
     >>> fv.weights(q, q, q, fv.causal, rows=[3], columns=[0, 1, 4])
     tensor([[[[0.2500, 0.2500, 0.0000]]]])
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, 0.0, None, needs_lse=False)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, 0.0, None, needs_lse=False)
     shares = capture.weights(call, rows, columns)
     return shares if batched else shares[0]
 
@@ -131,6 +137,7 @@ def explain(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
@@ -141,7 +148,7 @@ def explain(
     The answer prints as a table with every reason of every implementation that does not run, and has the fields
     `chosen` and `refusals`.
     """
-    call, _ = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=with_lse)
+    call, _ = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=with_lse)
     return choose(call, backend)
 
 
@@ -179,6 +186,7 @@ def _problem(
     score: Score | Tensor | None,
     scale: float | None,
     query_start: int | Tensor | None,
+    normalizer: Normalizer | None,
     dropout: float,
     seed: int | None,
     *,
@@ -189,7 +197,7 @@ def _problem(
     if not batched:
         q, k, v = q[None], k[None], v[None]
     call = problem(
-        q, k, v, pattern, score=score, scale=scale, query_start=query_start, dropout=dropout, seed=seed,
-        needs_lse=needs_lse,
+        q, k, v, pattern, score=score, scale=scale, query_start=query_start, normalizer=normalizer,
+        dropout=dropout, seed=seed, needs_lse=needs_lse,
     )  # fmt: skip
     return call, batched

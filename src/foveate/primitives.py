@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.positions import Pairs
+from foveate.problem import Problem
+
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q·kᵀ, over grouped heads without repeating k; a row or key that is not finite gives NaN.
@@ -79,6 +82,24 @@ def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | None 
     total = total.masked_fill(empty, 1)
     lse = (total.log() + top).masked_fill(empty, -math.inf)
     return terms / total, lse.squeeze(-1)
+
+
+def normalized(call: Problem, scores: Tensor, at: Pairs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(weights, which keys may be seen, log-sum-exp) of scaled raw scores `[B, H, rows, keys]` at these pairs.
+
+    The pattern is None where all may be seen, the log-sum-exp where the normalizer has none.
+    """
+    sinks = None
+    if call.score is not None:
+        scores = call.score.apply(scores, at)
+        sinks = call.score.sinks.of(at) if call.score.sinks else None
+    visible = None if call.pattern is None else call.pattern.visible(at).broadcast_to(scores.shape)
+    if call.normalizer is None:
+        weights, lse = masked_softmax(scores, visible, sinks)
+        return weights, visible, lse
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return call.normalizer.weights(scores), visible, None
 
 
 def merge_states(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
