@@ -40,8 +40,8 @@ struct Call {
     uint64_t seed, threshold;  // threshold 0: nothing is dropped
     float boost;
 
-    // Who sees whom. A row has the position row + starts[b] (null: row + start). Without a summary it sees the keys from
-    // position − left to position + right (−1: no limit) that lie before lengths[b] (null: before `keys`).
+    // Who sees whom. A row has the position row + starts[b] (null: row + start), and the keys lie before lengths[b] (null:
+    // before `keys`). Without a summary it sees those from position − left to position + right (−1: no limit).
     const int64_t *starts, *lengths;
     int64_t start, left, right;
     // With a summary: its tiles in rows.

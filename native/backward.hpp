@@ -169,7 +169,7 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
     std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
     int64_t done = 0;
     for (int64_t column; (column = columns.next()) >= 0;) {
-        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide_k);
         const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
         const Rows safe_k = finite(k, keys, dim) ? k : cleaned(k, keys, dim, clean_k);

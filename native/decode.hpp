@@ -111,7 +111,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     const int64_t few = call.dtype == Dtype::float32 ? tile : 16;
     float* q = reinterpret_cast<float*>(scratch);
     float* scores = q + rows * wide;
-    float* wide_k = scores + rows * tile;
+    float* wide_k = scores + rows * stretch;
     float* wide_v = wide_k + tile * wide;
     Columns columns[most_rows];
     memset(q, 0, sizeof(float) * rows * wide);
@@ -130,7 +130,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
         const int64_t count = least(end - from, columns_in_stretch);
         uint64_t some[columns_in_stretch] = {}, all[columns_in_stretch];  // of a column: a row sees, every row sees
         for (int64_t c = 0; c < count; ++c) {
-            const int64_t column = from + c, first_key = column * tile, keys = least(call.keys - first_key, tile);
+            const int64_t column = from + c, first_key = column * tile, keys = keys_at(call, batch, first_key);
             const uint64_t inside = keys == tile ? ~0ull : (1ull << keys) - 1;
             uint64_t seen[most_rows];
             all[c] = inside;
@@ -189,7 +189,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
         }
         for (int64_t c = 0; c < count; ++c) {
             if (!some[c]) continue;
-            const int64_t first_key = (from + c) * tile, keys = least(call.keys - first_key, tile);
+            const int64_t first_key = (from + c) * tile, keys = keys_at(call, batch, first_key);
             for (int64_t key = 0; key < keys; key += few) {
                 const int64_t some_keys = least(few, keys - key);
                 const float* weights = scores + c * tile + key;

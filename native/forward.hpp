@@ -155,7 +155,7 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             for (int row = 0; row < tile; ++row) state[r].base[row] = call.sinks[band.head] * log2e, state[r].total[row] = 1;
     }
     for (int64_t column; (column = columns.next()) >= 0;) {
-        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide_k);
         const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
         for (int64_t r = 0; r < band.count; ++r) {

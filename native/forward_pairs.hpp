@@ -133,7 +133,7 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
             for (int64_t r = 0; r < band.count; ++r)
                 if (!ahead.of[r].done() && ahead.of[r].column() == to.column) ahead.of[r].next();
             const int64_t first_key = to.column * tile;
-            to.keys = least(call.keys - first_key, tile);
+            to.keys = keys_at(call, band.batch, first_key);
             to.k = pair_rows(call, call.k, band.batch, key_head, first_key, to.keys, dim, to.key_rows, call.pages);
             turn_pairs(call, call.v, band.batch, key_head, first_key, to.keys, value_dim, to.turned, call.pages);
             to.finite = finite_pairs(to.turned, value_dim * tile);

@@ -41,7 +41,7 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
         }
         for (int64_t n = 0; n < tile * top; ++n) heaviest[n] = -INFINITY, places[n] = -1;
         for (; !mine.done(); mine.next()) {
-            const int64_t first_key = mine.column() * tile, keys = least(call.keys - first_key, tile);
+            const int64_t first_key = mine.column() * tile, keys = keys_at(call, band.batch, first_key);
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
             products<false, Into::fresh>(k.data, keys, k.stride, q, tile, dim, active, scores, tile);
@@ -119,7 +119,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     std::atomic<int64_t>* passed = looked.passed + (band.batch * call.heads + band.head) * turns;
     int64_t done = 0;
     for (int64_t column; (column = columns.next()) >= 0;) {
-        const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+        const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
         memset(sums, 0, sizeof(float) * tile * lanes);
         for (int64_t r = 0; r < band.count; ++r) {

@@ -28,7 +28,7 @@ static const float* one_tile(const Gradients& g, int64_t batch, int64_t head, in
     if (!same_rows) make_ready(g, batch, head, mine.first_row, mine.rows, scratch.ready, scratch.wide_k, scratch.wide_v);
     mine.seek(column);
     if (mine.done() || mine.column() != column) return nullptr;
-    const int64_t first_key = column * tile, keys = least(call.keys - first_key, tile);
+    const int64_t first_key = column * tile, keys = keys_at(call, batch, first_key);
     const int64_t key_head = head / (call.heads / call.key_heads);
     const Place at{batch, head, mine.first_row, mine.rows, first_key, keys};
     const Rows k = keys_of(call, batch, key_head, first_key, keys, scratch.wide_k);
@@ -66,7 +66,7 @@ static void bias_gradient(const Gradients& g, int64_t index, char* scratch) {
                     const float* found = one_tile(g, batch, head, row_tile, column, column > from[3], parts);
                     if (!found) continue;
                     const int64_t rows = least(call.queries - row_tile * tile, tile);
-                    const int64_t keys = least(call.keys - column * tile, tile);
+                    const int64_t keys = keys_at(call, batch, column * tile);
                     for (int64_t key = 0; key < keys; ++key)
                         for (int64_t row = 0; row < rows; ++row)
                             total[(keys_shared ? 0 : key * tile) + (rows_shared ? 0 : row)] += found[key * tile + row];
@@ -93,7 +93,7 @@ static void distance_gradient(const Gradients& g, int64_t index, double* sums, c
             const float* found = one_tile(g, batch, head, row_tile, row_tile - diagonal, false, parts);
             if (!found) continue;
             const int64_t rows = least(call.queries - row_tile * tile, tile);
-            const int64_t keys = least(call.keys - (row_tile - diagonal) * tile, tile);
+            const int64_t keys = keys_at(call, batch, (row_tile - diagonal) * tile);
             for (int64_t key = 0; key < keys; ++key)
                 for (int64_t row = 0; row < rows; ++row) sums[tile + row - key] += found[key * tile + row];
         }

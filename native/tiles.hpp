@@ -11,6 +11,12 @@ static void transpose(uint64_t words[tile]) {
         }
 }
 
+// How many keys of a tile there are; what lies past a row's length is never read.
+static inline int64_t keys_at(const Call& call, int64_t batch, int64_t first_key) {
+    const int64_t length = call.lengths ? least(call.lengths[batch], call.keys) : call.keys;
+    return most(least(length - first_key, tile), 0);
+}
+
 // The tiles of keys that one tile of rows visits, in ascending order: a list of a summary, or from one end to another.
 struct Columns {
     const Call* call;

@@ -9,21 +9,18 @@ def kernels() -> list[str]:
 def ceiling(what: str, threads: int) -> float:
     """The most this machine can do: GFLOP/s for "float32" and "bfloat16" (0 without instructions), GB/s for "read"."""
 
-def forward(
-    dtype: int,
-    q: tuple[int, int, int, int],
-    k: tuple[int, int, int, int],
-    v: tuple[int, int, int, int],
-    out: tuple[int, int, int, int],
-    lse: int,
-    sizes: tuple[int, int, int, int, int, int, int],
-    scale: float,
-    softcap: float,
-    distances: tuple[int, ...],
-    bias: tuple[int, ...],
-    sinks: int,
-    tiles: tuple[int, int, int, int, int, int],
-    kernel: str,
-    threads: int,
-) -> None:
-    """Attention of a call that was checked: addresses and strides in elements; nothing is checked here."""
+def share_threads_of(library: str) -> bool:
+    """Use the threads of an OpenMP runtime that is loaded already; whether that can be."""
+
+# Nothing is checked here: addresses, strides in elements, sizes. `forward`, `backward` and `looked` all take first what
+# `foveate.softmax.native` makes of a call: dtype, q, k, v, out, lse, sizes, scale, pages, soft-cap, distances, bias,
+# sinks, seed, dropout, reach, tiles, the kernel's name and the number of threads.
+
+def forward(*call: object) -> None:
+    """Fill out and lse."""
+
+def backward(*call: object) -> None:
+    """Then d_out, d_lse, (dq, dk, dv), (d_bias, its sizes), (d_distances, its batch rows); fills the gradients."""
+
+def looked(*call: object) -> None:
+    """Then how many keys to keep, indices, weights, (rest, entropy, received); fills them and lse."""

@@ -1,14 +1,15 @@
 """What was looked at: weights of a problem, worked out only for what is asked.
 
 A problem is its q, k and v: O(n). The weights of some rows are computed again from them, a few rows at a
-time, so nothing n×n exists unless all rows and columns were asked for.
+time, so nothing n×n exists unless all rows and columns were asked for. What every row looked at comes from the CPU
+kernels in one further pass, where they can.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import normalized, raw_scores
 from foveate.problem import Problem, accumulator, without_autocast
+from foveate.softmax import native
 
 _ENTRIES_AT_ONCE = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -58,19 +60,37 @@ def looked(problem: Problem, k: int = 16) -> Looked:
     """The k largest weights of every row, what is left, and what every key received: O(N · k) memory."""
     if k < 1:
         raise InvalidInput(f"k is {k}: wanted at least 1")
+    k = min(k, problem.k.shape[2])
+    with torch.no_grad():
+        given = replace(problem, dropout=0.0)  # what was looked at, not what training dropped of it
+        return _by_rows_of_weights(given, k) if native.refuses(given) else _by_kernels(given, k)
+
+
+def _by_kernels(problem: Problem, k: int) -> Looked:
+    indices, weights, rest, received, lse, entropy = native.looked(problem, k)
     batch, heads, queries, keys = problem.shape
-    k = min(k, keys)
+    if problem.pattern is None:
+        watchers = torch.full((batch, heads, keys), queries)
+    else:
+        summary = problem.pattern.summary(
+            queries, keys, query_start=problem.query_start, batch=batch, heads=heads, tile=native.TILE
+        )
+        watchers = summary.watchers().expand(batch, heads, keys)
+    return Looked(indices.clamp(min=0), weights, rest, received, watchers, lse, entropy)
+
+
+def _by_rows_of_weights(problem: Problem, k: int) -> Looked:
+    batch, heads, queries, keys = problem.shape
     wide, device = accumulator(problem.q.dtype), problem.q.device
     received = torch.zeros(batch, heads, keys, dtype=wide, device=device)
     watchers = torch.zeros(batch, heads, keys, dtype=torch.int64, device=device)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    with torch.no_grad():
-        for part, visible, lse in _by_rows(problem, torch.arange(queries, device=device)):
-            received += part.sum(2)
-            watchers += part.shape[2] if visible is None else visible.sum(2)
-            top = part.topk(k, -1)
-            rest = (part.sum(-1) - top.values.sum(-1)).clamp(min=0)
-            found.append((top.indices, top.values, rest, lse, torch.special.entr(part).sum(-1)))
+    for part, visible, lse in _by_rows(problem, torch.arange(queries, device=device)):
+        received += part.sum(2)
+        watchers += part.shape[2] if visible is None else visible.sum(2)
+        top = part.topk(k, -1)
+        rest = (part.sum(-1) - top.values.sum(-1)).clamp(min=0)
+        found.append((top.indices, top.values, rest, lse, torch.special.entr(part).sum(-1)))
     if not found:
         empty = received.new_zeros(batch, heads, 0, k)
         found.append((empty.long(), empty, empty[..., 0], empty[..., 0], empty[..., 0]))

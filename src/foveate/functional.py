@@ -5,6 +5,7 @@
     weights             the weights themselves, for the rows and columns asked for
     explain             which implementation runs, and why every other one does not
     merge               attention over all keys from attention over parts of them
+    paged_attention     the same over keys and values that lie in pages, as a cache keeps them
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate import capture
 from foveate.dispatch import Choice, choose, dispatch
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer
+from foveate.paging import paged
 from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
@@ -115,7 +117,8 @@ def weights(
     """The exact weights that `attention` gives, for some rows and columns; None means all of them.
 
     Normalised over all keys, then picked: a row sums to 1 over all columns (less with sinks, 0 without a visible
-    key, and whatever it is with sigmoid). float32 or wider. Memory follows what is asked for. Negative rows and columns count from the end.
+    key, whatever it is with sigmoid). float32 or wider. Memory follows what is asked for. Negative rows and columns
+    count from the end.
 
     >>> import torch
     >>> import foveate as fv
@@ -176,6 +179,42 @@ def merge(
                 "wanted outs of one shape and dtype, and for each its lse without the last dimension"
             )
     return merge_states(pairs)
+
+
+def paged_attention(
+    q: Float[Tensor, "batch heads queries dim"],
+    key_pages: Float[Tensor, "pages key_heads page_size dim"],
+    value_pages: Float[Tensor, "pages key_heads page_size value_dim"],
+    table: Int[Tensor, "batch pages_each"],
+    lengths: Int[Tensor, " batch"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """`attention` over keys and values in pages: key n of batch row b is in page table[b, n // page_size].
+
+    Batch row b has `lengths[b]` keys, and its last query stands at the last of them; what a page holds beyond, and the
+    table's entries for pages that no key needs, never matter. Pages are read where they are by `backend="native"`, with
+    any strides; where that cannot run, they are brought together first, and `attention` does the rest. No gradients.
+
+    Raises:
+        InvalidInput: shapes or dtypes do not fit, a length is past the table, or the table points outside the pages.
+        Unsupported: a named backend cannot compute this.
+
+    Kwon et al. 2023, "Efficient memory management for large language model serving with PagedAttention":
+    https://arxiv.org/abs/2309.06180
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, pages = torch.randn(1, 4, 1, 8), torch.randn(3, 2, 16, 8)
+    >>> out = fv.paged_attention(q, pages, pages, torch.tensor([[2, 0]]), torch.tensor([20]))
+    >>> k = torch.cat([pages[2], pages[0]], 1)[None, :, :20]
+    >>> torch.allclose(out, fv.attention(q, k, k), atol=1e-6)
+    True
+    """
+    return paged(q, key_pages, value_pages, table, lengths, pattern, score, scale, backend)
 
 
 def _problem(

@@ -91,6 +91,21 @@ class Summary:
             seen.index_put_((batch[part], head[part], column[part]), self.masks(place[part]).any(1), accumulate=True)
         return seen.flatten(2)[..., : self.keys]
 
+    def watchers(self) -> Tensor:
+        """How many queries may see each key: int64 `[batch, heads, keys]`."""
+        columns, device = -(-self.keys // self.tile), self.columns.device
+        whole = torch.zeros(self.batch, self.heads, columns, dtype=torch.int64, device=device)
+        batch, head, row = self.rows()
+        full = self.partial < 0
+        height = (self.queries - row * self.tile).clamp(max=self.tile)
+        whole.index_put_((batch[full], head[full], self.columns[full]), height[full], accumulate=True)
+        count = whole[..., None].repeat(1, 1, 1, self.tile)
+        some = ~full
+        batch, head, column, place = batch[some], head[some], self.columns[some], self.partial[some]
+        for part in _chunked(len(place), self.tile, device):
+            count.index_put_((batch[part], head[part], column[part]), self.masks(place[part]).sum(1), accumulate=True)
+        return count.flatten(2)[..., : self.keys]
+
 
 def _chunked(count: int, tile: int, device: torch.device) -> tuple[Tensor, ...]:
     return torch.arange(count, device=device).split(max(1, _PAIRS_AT_ONCE // tile**2)) if count else ()

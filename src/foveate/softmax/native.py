@@ -30,7 +30,7 @@ if _native is not None:
     # The kernels work on torch's own threads, where torch brings GCC's OpenMP: no second pool fights for the cores.
     _native.share_threads_of("libgomp.so.1")
 
-_TILE = 64
+TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
 
@@ -109,11 +109,12 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     starts = problem.query_start if isinstance(problem.query_start, Tensor) else None
     start = 0 if isinstance(problem.query_start, Tensor) else problem.query_start
     simple = reach(problem.pattern)
+    held: Sequence[Tensor] = ()
     if simple is not None:
-        pattern, held, lengths = "", [], simple.lengths
+        pattern, lengths = "", simple.lengths
         left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
     else:
-        pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
+        pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
     return _Arguments(
         held, tensors, starts, lengths, start, left, right, pattern, score, problem.scale, problem.dropout,
@@ -152,7 +153,7 @@ class _Call:
         batch, heads, _, queries, keys = self.sizes[:5]
         tiles_at = (0, 0, 0, 0, 1, 1)
         if given.pattern:
-            summary = tiles(given.pattern, given.held, batch, heads, queries, keys, self.position, _TILE)
+            summary = tiles(given.pattern, given.held, batch, heads, queries, keys, self.position, TILE)
             assert summary is not None
             parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
             tiles_at = (*map(self._hold, parts), summary.batch, summary.heads)  # type: ignore[assignment]
@@ -187,7 +188,7 @@ class _Call:
         """The pairs of those entries: key 0, and rows from keys − 1 before the first one on."""
         batch, heads, _, queries, keys = self.sizes[:5]
         first = starts_of(self.position, batch, queries, keys, torch.device("cpu")).view(-1, 1, 1, 1)
-        back = first + torch.arange(1 - keys, queries + _TILE).view(1, 1, -1, 1)
+        back = first + torch.arange(1 - keys, queries + TILE).view(1, 1, -1, 1)
         return Pairs(
             batch=torch.arange(batch).view(-1, 1, 1, 1), head=torch.arange(heads).view(1, -1, 1, 1), row=back,
             query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64), keys=keys,
@@ -216,11 +217,13 @@ def _backward(
         d_out, out = _readable(d_out), _readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
         bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
-        d_bias = None if call.bias is None or bias is None else torch.zeros(call.bias.shape)
+        d_bias = None if bias is None else torch.zeros(bias.full().shape)
         by_distance = [
             term for term in terms if terms[term][1] and not isinstance(term, Bias) and hasattr(term, "collect")
         ]
-        d_distances = torch.zeros(call.distances.shape, dtype=torch.float64) if by_distance else None
+        d_distances = None
+        if by_distance and call.distances is not None:
+            d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
             *call.arguments(out, lse.contiguous()), _matrix(d_out), d_lse.data_ptr(),
@@ -230,8 +233,9 @@ def _backward(
         )  # fmt: skip
         if bias is not None and d_bias is not None:
             terms[bias][0].copy_(d_bias.view(terms[bias][0].shape))
-        for term in by_distance:
-            term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
+        if d_distances is not None:
+            for term in by_distance:
+                term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
         if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
             taken = (d_out.double() * out.double()).sum(-1) - d_lse
             share = (call.score.sinks.logits.double()[:, None] - lse.double()).exp()
@@ -316,7 +320,7 @@ _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, 
 
 
 class Pages(NamedTuple):
-    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] holds keys i · size … of batch row b."""
+    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has batch row b's keys from i · size."""
 
     key_pages: Tensor
     value_pages: Tensor
@@ -333,9 +337,10 @@ class Pages(NamedTuple):
         return self.table.shape[1] * self.size
 
 
-def run_paged(problem: Problem, pages: Pages) -> Result:
+def run_paged(problem: Problem, pages: Pages, lengths: Tensor) -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
-    return Result(*_forward(problem.q, pages.key_pages, pages.value_pages, _arguments(problem, "", 0), pages))
+    given = _arguments(problem, "", 0)._replace(lengths=lengths)  # no page past a length is touched
+    return Result(*_forward(problem.q, pages.key_pages, pages.value_pages, given, pages))
 
 
 def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tuple[Tensor, ...]:
