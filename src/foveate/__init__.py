@@ -10,7 +10,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
-    "foveate.functional": ("attention", "attention_with_lse", "explain", "merge", "paged_attention", "weights"),
+    "foveate.functional": (
+        "attention", "attention_with_lse", "explain", "gumbel_attention", "merge", "paged_attention", "reinforce_loss",
+        "sampled_attention", "straight_through", "weights",
+    ),
+    "foveate.hard": ("Chosen",),
     "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
@@ -40,7 +44,19 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
-    from foveate.functional import attention, attention_with_lse, explain, merge, paged_attention, weights
+    from foveate.functional import (
+        attention,
+        attention_with_lse,
+        explain,
+        gumbel_attention,
+        merge,
+        paged_attention,
+        reinforce_loss,
+        sampled_attention,
+        straight_through,
+        weights,
+    )
+    from foveate.hard import Chosen
     from foveate.normalizers import Normalizer, entmax, hardmax, sigmoid, softmax_plus_one, sparsemax
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (

@@ -6,6 +6,8 @@
     explain             which implementation runs, and why every other one does not
     merge               attention over all keys from attention over parts of them
     paged_attention     the same over keys and values that lie in pages, as a cache keeps them
+    straight_through, gumbel_attention, sampled_attention, reinforce_loss
+                        hard attention: one key for each query
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import capture
+from foveate import capture, hard
 from foveate.dispatch import Choice, choose, dispatch
 from foveate.errors import InvalidInput
+from foveate.hard import Chosen
 from foveate.normalizers import Normalizer
 from foveate.paging import paged
 from foveate.pattern.algebra import Pattern
@@ -215,6 +219,135 @@ def paged_attention(
     True
     """
     return paged(q, key_pages, value_pages, table, lengths, pattern, score, scale, backend)
+
+
+def straight_through(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    temperature: float = 1.0,
+) -> Chosen:
+    """Hard attention with a gradient: forward the value of the best key, backward softmax(scores / temperature)·v.
+
+    The output is exactly `attention(…, normalizer=hardmax)`; its gradient is biased. Sinks are refused.
+    Bengio et al. 2013, section 4: https://arxiv.org/abs/1308.3432
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> k = torch.eye(3)[None].requires_grad_()
+    >>> taken = fv.straight_through(torch.tensor([[[0.0, 2.0, 1.0]]]), k, k)
+    >>> taken.choices, taken.out.tolist()
+    (tensor([[1]]), [[[0.0, 1.0, 0.0]]])
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call, temperature)
+    return _chosen(hard.straight_through(call, temperature, None), batched)
+
+
+def gumbel_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Chosen:
+    """`straight_through` with Gumbel noise on the scores, so that the key is a draw from the softmax weights.
+
+    Forward v at argmax(s + g), g = −log(−log u); backward softmax((s + g) / temperature)·v. The noise comes from
+    Philox by (a seed of the generator, batch, head, query, key), so it takes no memory.
+    Jang et al. 2016, https://arxiv.org/abs/1611.01144; Maddison et al. 2016, https://arxiv.org/abs/1611.00712
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.zeros(1, 1000, 4)
+    >>> taken = fv.gumbel_attention(q, q[:, :2], q[:, :2], generator=torch.Generator().manual_seed(0))
+    >>> 400 < taken.choices.sum() < 600
+    tensor(True)
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call, temperature)
+    return _chosen(hard.straight_through(call, temperature, hard.seed_of(generator)), batched)
+
+
+def sampled_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    choices: Tensor | None = None,
+    soft_share: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Chosen:
+    """The value of one key for each query, drawn with the softmax weights as probabilities; train by `reinforce_loss`.
+
+    `choices` `[batch, heads, queries]` are taken instead of drawn ones, −1 for none: what would these have cost?
+    `soft_share` of the batch, at random, takes the mean of all values instead, as attention does (choice −1), which
+    steadies the gradient. Memory is linear in the length.
+    Xu et al. 2015, section 4.1: https://arxiv.org/abs/1502.03044
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.zeros(1, 1000, 4)
+    >>> taken = fv.sampled_attention(q, q[:, :2], q[:, :2], generator=torch.Generator().manual_seed(0))
+    >>> 400 < taken.choices.sum() < 600, taken.log_prob[0, 0].exp()
+    (tensor(True), tensor(0.5000))
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call)
+    if isinstance(choices, Tensor) and not batched:
+        choices = choices[None]
+    return _chosen(hard.sampled(call, generator, choices, soft_share), batched)
+
+
+def reinforce_loss(
+    reward: Tensor,
+    drawn: Chosen | Sequence[Chosen],
+    *,
+    baseline: Tensor | float = 0.0,
+    weight: float = 1.0,
+    entropy_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """The loss whose gradient is REINFORCE's: −mean[r + weight · (r − b) · Σ log p(choices) + entropy_weight · Σ H].
+
+    Args:
+        reward: what is to become large, `[batch]`, `[batch, heads]` or `[batch, heads, queries]`. If it is log p(y)
+            and depends on the output, its own gradient is part of the estimate, as in equation 11.
+        drawn: what `sampled_attention` gave, or the list of all draws that the reward depends on.
+        baseline: subtracted from the reward, no more; a tensor that needs a gradient is fitted to it by a square.
+        weight: λ_r of the paper. With 1 the expected gradient is that of the expected reward, whatever the baseline.
+        entropy_weight: λ_e of the paper, 0.002 there; the terms of rows are summed, those of the batch averaged.
+
+    Raises:
+        InvalidInput: the reward does not have the first dimensions of `log_prob`.
+
+    Xu et al. 2015, equations 10 to 12: https://arxiv.org/abs/1502.03044; Williams 1992
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.randn(5, 1, 3, 4, requires_grad=True)
+    >>> drawn = fv.sampled_attention(q, q, q, soft_share=0.5)
+    >>> fv.reinforce_loss(-drawn.out.square().mean((1, 2, 3)), drawn, entropy_weight=0.002).backward()
+    """
+    parts = [drawn] if isinstance(drawn, Chosen) else list(drawn)
+    return hard.reinforce(reward, parts, baseline=baseline, weight=weight, entropy_weight=entropy_weight)
+
+
+def _chosen(chosen: Chosen, batched: bool) -> Chosen:
+    return chosen if batched else Chosen(*(part[0] for part in chosen))
 
 
 def _problem(
