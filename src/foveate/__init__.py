@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
-        "attention", "attention_with_lse", "explain", "gumbel_attention", "merge", "paged_attention", "reinforce_loss",
-        "sampled_attention", "straight_through", "weights",
+        "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
+        "local_attention", "merge", "paged_attention", "reinforce_loss", "sampled_attention", "straight_through",
+        "weights",
     ),
     "foveate.hard": ("Chosen",),
     "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
@@ -45,10 +46,13 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
+        additive_attention,
+        additive_weights,
         attention,
         attention_with_lse,
         explain,
         gumbel_attention,
+        local_attention,
         merge,
         paged_attention,
         reinforce_loss,

@@ -8,6 +8,8 @@
     paged_attention     the same over keys and values that lie in pages, as a cache keeps them
     straight_through, gumbel_attention, sampled_attention, reinforce_loss
                         hard attention: one key for each query
+    additive_attention, additive_weights, local_attention
+                        scores from tanh(q + k); a window around a position that is learned
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -22,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import capture, hard
+from foveate import additive, capture, hard
 from foveate.dispatch import Choice, choose, dispatch
 from foveate.errors import InvalidInput
 from foveate.hard import Chosen
@@ -344,6 +346,107 @@ def reinforce_loss(
     """
     parts = [drawn] if isinstance(drawn, Chosen) else list(drawn)
     return hard.reinforce(reward, parts, baseline=baseline, weight=weight, entropy_weight=entropy_weight)
+
+
+def additive_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    vector: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention whose score is a small network: softmax_j(vector · tanh(q_i + k_j))·v, with q and k already projected.
+
+    Bahdanau's W·s and U·h are the q and k, so that U·h is worked out once for a whole decoder; Luong's concat is the
+    same with the two halves of W_a. `vector` is `[dim]` or `[heads, dim]`. There is no scale. Memory is linear in the
+    length; a second derivative exists for calls that fit one block.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`, or the vector does not fit.
+
+    Bahdanau et al. 2014, appendix A.1.2: https://arxiv.org/abs/1409.0473
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> states, memory = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 5, 6)
+    >>> ask, key, vector = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(6, 4), torch.randn(4)
+    >>> fv.additive_attention(ask(states), key(memory), memory, vector).shape
+    torch.Size([2, 1, 3, 6])
+    """
+    call, batched = _problem(q, k, v, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
+    additive.check_vector(call, vector)
+    out = additive.additive(call, vector)
+    return out if batched else out[0]
+
+
+def additive_weights(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    vector: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
+) -> Float[Tensor, "*batch heads queries keys"]:
+    """The weights that `additive_attention` gives: the alignment of every query, float32 or wider.
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> fv.additive_weights(torch.zeros(1, 1, 2), torch.tensor([[[9.0, 0.0], [0.0, 0.0]]]), torch.tensor([2.0, 0.0]))
+    tensor([[[0.8808, 0.1192]]])
+    """
+    call, batched = _problem(q, k, k, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
+    additive.check_vector(call, vector)
+    shares = additive.additive_weights(call, vector)
+    return shares if batched else shares[0]
+
+
+def local_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    center: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    width: int,
+    sigma: float | None = None,
+    vector: Tensor | None = None,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention to the keys around a position of each query's own, which may be learned: Luong's local-p and local-m.
+
+    Σ_j softmax_j(score) · exp(−(j − center)² / 2σ²) · v_j over the keys with |j − center| ≤ width. As in the paper the
+    product is not normalised again, and the Gaussian is what gives `center` a gradient. Cost and memory follow
+    queries · width.
+
+    Args:
+        center: positions among the keys, `[batch, heads or 1, queries]`, any numbers; no key near gives 0.
+        width: D of the paper.
+        sigma: of the Gaussian; None = width / 2, as in the paper; math.inf = none at all (local-m).
+        vector: None for q·k times `scale`; else the score is vector · tanh(q + k), as in `additive_attention`.
+
+    Luong et al. 2015, section 3.2: https://arxiv.org/abs/1508.04025
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.zeros(1, 1, 4), torch.zeros(1, 9, 4), torch.eye(9)[None]
+    >>> fv.local_attention(q, k, v, torch.tensor([[3.5]]), width=2).mul(100).round()[0, 0].tolist()
+    [0.0, 0.0, 8.0, 22.0, 22.0, 8.0, 0.0, 0.0, 0.0]
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    if vector is not None:
+        additive.check_vector(call, vector)
+    if isinstance(center, Tensor) and not batched:
+        center = center[None]
+    out = additive.local(call, center, width, sigma, vector)
+    return out if batched else out[0]
 
 
 def _chosen(chosen: Chosen, batched: bool) -> Chosen:
