@@ -93,6 +93,7 @@ def test_the_size_of_a_block_is_no_part_of_the_meaning(monkeypatch, limit, term)
     whole = both()
     true = gradients(whole, (*leaves, *held))
     monkeypatch.setattr(additive, "_CPU", limit)
+    monkeypatch.setattr(additive, "_MOST", limit)
     parts = both()
     for mine, want in zip((*parts, *gradients(parts, (*leaves, *held))), (*whole, *true), strict=True):
         near(mine, want)

@@ -22,7 +22,7 @@ from foveate.problem import Problem, accumulator
 from foveate.score import parse
 from foveate.values import describe, whole
 
-_CPU, _GPU = 1 << 20, 1 << 26  # entries of a rows × keys × dim tensor at once
+_CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
 
 def check_vector(call: Problem, vector: Tensor) -> None:
@@ -154,4 +154,6 @@ def _cost(call: Problem) -> int:
 
 
 def _limit(call: Problem) -> int:
-    return _CPU if call.q.device.type == "cpu" else _GPU
+    if call.q.device.type != "cpu":
+        return _GPU
+    return max(_CPU, min(8 * _cost(call), _MOST))  # a part adds to the gradients of all keys: that is worth 8 rows
