@@ -124,6 +124,7 @@ def centers(heads: int) -> Tensor:
     """Positions between keys, on keys, before the first and behind the last."""
     found = random(BATCH, heads, QUERIES, seed=6) * 5 + KEYS / 2
     found[:, 0, :4] = torch.tensor([4.0, -1.5, KEYS + 0.5, -40.0])
+    found[:, 0, -1] = 6.0  # a row that sees both ends of its window
     return found
 
 
