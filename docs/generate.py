@@ -2,6 +2,7 @@
 
 docs/patterns.md         every pattern of `foveate.see.gallery` with a picture
 docs/capabilities.md     what each implementation refuses, asked of the implementations themselves
+docs/models.md           models.md.in, with what every Hugging Face model of tests/families.py asked of Foveate
 docs/images/patterns/    the pictures
 docs/images/tour/        the pictures of the tour
 
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import html
 import re
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -391,6 +395,32 @@ def patterns() -> str:
     return MADE + PATTERNS.replace("<!-- gallery -->", "\n".join(lines))
 
 
+@cache
+def models() -> str:
+    """The page of Hugging Face models: each of them is run, and what its layers asked for is written down."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from families import FAMILIES, build
+
+    def code(value: object) -> str:
+        return f"`{re.sub('<[^>]*>', '…', str(value))}`"  # without the sizes of its tensors
+
+    lines = ["| model | class | layers reached | who may attend to whom | scores |", "|:--|:--|--:|:--|:--|"]
+    for name, family in FAMILIES.items():
+        model = build(name)
+        with torch.no_grad(), fv.patch(model) as patched, fv.watch(model) as seen:
+            model(**family.inputs())
+        asked = dict.fromkeys("all" if call.pattern is None else code(call.pattern) for call in seen.calls)
+        scores = dict.fromkeys(code(call.score) for call in seen.calls if call.score is not None)
+        lines.append(
+            f"| {family.label} | `{type(model).__name__}` | {len(patched.layers)} | {'<br>'.join(asked)} "
+            f"| {'<br>'.join(scores)} |"
+        )
+    page = (HERE / "models.md.in").read_text(encoding="utf-8").replace("<!-- table -->", "\n".join(lines))
+    for package in ("transformers", "torch"):
+        page = page.replace(f"<!-- {package} -->", version(package).partition("+")[0])
+    return MADE + page
+
+
 def slug(name: str) -> str:
     """The name of a pattern's picture."""
     words = name.replace("|", " or ").replace("&", " and ").replace("~", " not ").replace("lambda", " ")
@@ -461,7 +491,7 @@ def pages() -> dict[str, str]:
         raise fv.InvalidInput(
             f"docs/generate.py and the gallery differ in {sorted(differing)}: wanted the same patterns"
         )
-    return {"patterns.md": patterns(), "capabilities.md": capabilities(), **pictures()}
+    return {"patterns.md": patterns(), "capabilities.md": capabilities(), "models.md": models(), **pictures()}
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from foveate import __version__, cli
+from foveate import __version__, cli, machine
+from foveate.softmax import native
 
 TEXT = "The animal didn't cross the street because it was too tired."
 
@@ -35,7 +36,7 @@ def test_help_answers_in_under_half_a_second() -> None:
         result = _run("--help")
         times.append(time.perf_counter() - start)
     assert result.returncode == 0
-    for command in ("see", "doctor", "patterns"):
+    for command in ("see", "run", "doctor", "patterns"):
         assert command in result.stdout
     assert min(times) < 0.5
 
@@ -108,6 +109,33 @@ def test_doctor_names_the_machine_and_every_implementation(
         assert word in out
 
 
+def test_doctor_says_of_every_compiled_kernel_whether_it_runs_here_and_else_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = native._native.variants()
+    assert [name for name, lacking in variants if not lacking] == native._native.kernels()
+    code, out, _ = _main(capsys, monkeypatch, "doctor")
+    assert code == 0
+    assert f"{native._native.chosen()} (chosen)" in out
+    assert all(name in out for name, _ in variants)
+
+    # A processor with AVX2 alone; and one with a matrix unit that the system keeps to itself.
+    lacking = "the processor has no AVX-512"
+    older = [("amx", lacking), ("avx512", lacking), ("avx2", ""), ("baseline", "")]
+    monkeypatch.setattr(native._native, "variants", lambda: older)
+    monkeypatch.setattr(native._native, "chosen", lambda: "avx2")
+    kernels, unit = machine._kernels()
+    assert kernels.value == "avx2 (chosen), baseline"
+    assert kernels.hint == f"not amx, avx512: {lacking}"
+    assert unit.value == lacking
+    kept = "the system does not let this process use the matrix unit"
+    monkeypatch.setattr(native._native, "variants", lambda: [("amx", kept), ("avx512bf16", ""), ("avx512", "")])
+    monkeypatch.setattr(native._native, "chosen", lambda: "avx512")
+    kernels, unit = machine._kernels()
+    assert kernels.value == "avx512 (chosen), avx512bf16"
+    assert unit.value == kept
+
+
 def test_patterns_draws_the_gallery(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,3 +151,45 @@ def test_patterns_draws_the_gallery(
 def test_the_version_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = _main(capsys, monkeypatch, "--version")
     assert (code, out) == (0, f"foveate {__version__}\n")
+
+
+SCRIPT = """
+import sys
+
+import neighbour
+import torch
+
+q = torch.randn(1, 2, 512, 8)
+torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+print(__name__, sys.argv[1:], neighbour.name)
+"""
+
+
+def _script(folder: Path, end: str = "") -> str:
+    (folder / "neighbour.py").write_text("name = 'neighbour'\n")
+    path = folder / "script.py"
+    path.write_text(SCRIPT + end)
+    return str(path)
+
+
+def test_run_accelerates_an_unchanged_script(tmp_path: Path) -> None:
+    result = _run("run", _script(tmp_path), "--steps", "3", "--quiet", "--help", "-x")
+    assert (result.returncode, result.stdout) == (0, "__main__ ['--steps', '3', '--quiet', '--help', '-x'] neighbour\n")
+    assert result.stderr == "foveate        1 × forward\n"
+    assert _run("run", "--quiet", _script(tmp_path)).stderr == ""
+
+
+def test_run_ends_as_the_script_ends(tmp_path: Path) -> None:
+    assert _run("run", "--quiet", _script(tmp_path, "sys.exit(7)")).returncode == 7
+    for fault, words in (("1 / 0", "ZeroDivisionError"), ("nowhere.restore()", "NameError"),
+                         ("import foveate\nraise foveate.InvalidInput('mine')", "InvalidInput: mine")):  # fmt: skip
+        result = _run("run", _script(tmp_path, fault))
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert words in result.stderr
+        assert "foveate        1 × forward" in result.stderr
+
+
+def test_run_without_its_script_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = _main(capsys, monkeypatch, "run", "nowhere.py")
+    assert (code, err) == (2, "foveate: run was given nowhere.py: there is no such file\n")

@@ -1,5 +1,6 @@
 """The summary by tiles says what the dense matrix says, in memory that follows the tiles that are not empty."""
 
+import itertools
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 import foveate as fv
 from foveate.pattern.algebra import Tiles
+from foveate.pattern.matrix import summarise_matrix
+from foveate.pattern.tiling import build
 
 SLOWLY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True, "database": None}
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -218,3 +221,28 @@ def test_many_blocks_and_many_global_tokens_cost_what_is_visible() -> None:
     seen = fv.global_tokens(few).summary(4096, 4096)
     assert len(few) == many
     assert seen.density() == pytest.approx(1 - (1 - many / 4096) ** 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0, "triangle"], ids=str)
+def test_a_matrix_is_packed_into_the_summary_that_is_built_pair_by_pair(share: float | str) -> None:
+    """To the bit: empty, full and partial tiles, the edges of the call, and dimensions of one entry."""
+    draw = torch.Generator().manual_seed(13)
+    for sizes in ((1, 1, 64, 64), (2, 3, 131, 197), (1, 2, 1, 128), (2, 1, 192, 7), (3, 1, 65, 63)):
+        for broadcast in itertools.product((False, True), repeat=4):
+            shape = [1 if one else size for one, size in zip(broadcast, sizes, strict=True)]
+            mask = torch.rand(shape, generator=draw) < (0.9 if isinstance(share, str) else share)
+            if isinstance(share, str):
+                mask = mask | torch.ones(shape[2:], dtype=torch.bool).tril(-70)
+            _, _, queries, keys = sizes
+            packed = summarise_matrix(mask, queries, keys)
+            built = build(fv.from_mask(mask), *sizes, torch.zeros(1, dtype=torch.int64), 64)
+            for name in ("queries", "keys", "tile"):
+                assert getattr(packed, name) == getattr(built, name)
+            for name in ("offsets", "columns", "partial", "bits"):
+                assert torch.equal(getattr(packed, name), getattr(built, name)), name
+
+
+def test_a_matrix_may_begin_at_any_byte() -> None:
+    flags = torch.rand(3 + 64 * 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = flags[3:].view(1, 1, 64, 64)
+    assert torch.equal(summarise_matrix(mask, 64, 64).bits, summarise_matrix(mask.clone(), 64, 64).bits)

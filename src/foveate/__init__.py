@@ -16,6 +16,8 @@ _HOME = {
         "weights",
     ),
     "foveate.hard": ("Chosen",),
+    "foveate.integrations.torch": ("accelerate", "report", "restore"),
+    "foveate.integrations.transformers": ("patch", "register", "unpatch", "unregister"),
     "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
         weights,
     )
     from foveate.hard import Chosen
+    from foveate.integrations.torch import accelerate, report, restore
+    from foveate.integrations.transformers import patch, register, unpatch, unregister
     from foveate.normalizers import Normalizer, entmax, hardmax, sigmoid, softmax_plus_one, sparsemax
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (

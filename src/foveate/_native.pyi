@@ -6,6 +6,12 @@ compiler: str
 def kernels() -> list[str]:
     """The kernels that run on this machine, the best first."""
 
+def variants() -> list[tuple[str, str]]:
+    """Every kernel that was compiled, the best first, and what this machine lacks for it ("" if it runs here)."""
+
+def chosen() -> str:
+    """The kernel that is used unless one is named."""
+
 def ceiling(what: str, threads: int) -> float:
     """The most this machine can do: GFLOP/s for "float32" and "bfloat16" (0 without instructions), GB/s for "read"."""
 

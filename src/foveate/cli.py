@@ -94,6 +94,32 @@ def _checked_path(path: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
     return path
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[Path, typer.Argument(help="The Python script to run, unchanged.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What the script is given.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not report how many calls went where.")] = False,
+) -> None:
+    """Run a script with PyTorch's attention on our kernels; at its end say on standard error what was reached."""
+    import runpy
+
+    from foveate.integrations.torch import accelerate
+
+    if not script.exists():
+        raise InvalidInput(f"run was given {script}: there is no such file")
+    sys.argv = [str(script), *(arguments or [])]
+    sys.path[0] = str(script.absolute().parent)  # where a script finds its neighbours
+    with accelerate() as acceleration:
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Exception as error:  # a fault of the script's own, of whatever kind, is shown as Python shows it
+            sys.excepthook(type(error), error, error.__traceback__)
+            raise typer.Exit(1) from error
+        finally:
+            if not quiet:
+                print(acceleration.report(), file=sys.stderr)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine can run."""

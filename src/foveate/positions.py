@@ -32,7 +32,9 @@ class Pairs:
         places = (self.batch, self.head, self.row, self.key)
         return table[
             tuple(
-                place.clamp(0, n - 1) if n > 1 else place.new_zeros(()) for place, n in zip(places, shape, strict=True)
+                # Not a scalar where there are dimensions: as an index it would be a number, which no graph can hold.
+                place.clamp(0, n - 1) if n > 1 else place.new_zeros((1,) * place.dim())
+                for place, n in zip(places, shape, strict=True)
             )
         ]
 

@@ -253,9 +253,11 @@ def _join(kind: type[And] | type[Or], left: Pattern, right: object) -> Pattern:
             f"{left!r} was combined with a {type(right).__name__}: wanted a pattern; from_mask(tensor) makes one"
         )
     parts: list[Pattern] = []
-    for side in (left, right):  # flat, so that (a & b) & c equals a & (b & c)
-        parts.extend(side.parts if isinstance(side, kind) else (side,))
-    return kind(tuple(parts))
+    for side in (left, right):  # flat, so that (a & b) & c equals a & (b & c), and each part once
+        for part in side.parts if isinstance(side, kind) else (side,):
+            if not any(part is each for each in parts):
+                parts.append(part)
+    return kind(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def device_of(pattern: Pattern) -> torch.device:

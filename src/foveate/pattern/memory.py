@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from foveate.pattern.algebra import Pattern
+from foveate.pattern.given import FromMask
+from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
 from foveate.pattern.tiling import build
 from foveate.positions import starts
@@ -26,6 +28,8 @@ def summarise(
     pattern: Pattern, batch: int, heads: int, queries: int, keys: int, query_start: int | Tensor | None, tile: int
 ) -> Summary:
     """The summary of `pattern`; a repeated call with the same pattern and sizes is remembered."""
+    if tile == TILE and isinstance(pattern, FromMask) and batch and heads and queries and keys:
+        return summarise_matrix(pattern.full(), queries, keys)  # takes less time than to see whether it is the same
     spec, held = pattern.spec()
     tensors = [thing for thing in held if isinstance(thing, Tensor)]
     has_rule = len(tensors) < len(held)

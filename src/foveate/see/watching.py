@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -86,8 +85,7 @@ def watch(model: nn.Module | None = None) -> Iterator[Seen]:
     tensor([[[[0.5000, 0.5000, 0.0000, 0.0000]]]])
     """
     seen = Seen()
-    switch = _switched(model) if hasattr(model, "set_attn_implementation") else nullcontext()
-    with switch:
+    with _switched(model):
         end = observe(seen.keep)
         try:
             yield seen
@@ -95,28 +93,13 @@ def watch(model: nn.Module | None = None) -> Iterator[Seen]:
             end()
 
 
-@contextmanager
-def _switched(model: Any) -> Iterator[None]:
-    from foveate.integrations.transformers import NAME, register
+def _switched(model: nn.Module | None) -> AbstractContextManager[object]:
+    """A Hugging Face model on foveate while the `with` runs, if it is not already."""
+    if model is None or not hasattr(model, "set_attn_implementation"):
+        return nullcontext()
+    from foveate.integrations.transformers import is_patched, patch
 
-    register()
-    before = _implementations(model.config)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
-def _implementations(config: Any) -> list[tuple[Any, Any]]:
-    """This configuration and those of its parts, each with what it attends by now."""
-    found = [(config, config._attn_implementation)]
-    for name in getattr(config, "sub_configs", {}):
-        part = getattr(config, name, None)
-        if part is not None:
-            found += _implementations(part)
-    return found
+    return nullcontext() if is_patched(model) else patch(model)
 
 
 def _versions(call: Problem) -> tuple[int | None, ...]:

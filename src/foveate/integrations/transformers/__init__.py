@@ -1,0 +1,21 @@
+"""Hugging Face transformers: `attn_implementation="foveate"`, and `patch` for a model that is loaded.
+
+Two functions are registered under one name: the attention, and the mask, without which a decoder would see its own
+future. Importing this registers them.
+"""
+
+from foveate.integrations.transformers.attending import attention
+from foveate.integrations.transformers.masks import Mask, mask
+from foveate.integrations.transformers.patching import (
+    NAME,
+    Patched,
+    is_patched,
+    patch,
+    register,
+    unpatch,
+    unregister,
+)
+
+__all__ = ["NAME", "Mask", "Patched", "attention", "is_patched", "mask", "patch", "register", "unpatch", "unregister"]
+
+register()

@@ -1,0 +1,183 @@
+"""One layer's attention, as transformers calls it: its mask, cap, bias and sinks become a pattern and a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import capture
+from foveate.dispatch import dispatch
+from foveate.errors import FoveateError, InvalidInput
+from foveate.integrations.transformers.masks import Mask
+from foveate.pattern.algebra import And, Pattern
+from foveate.pattern.catalogue import causal, documents, from_mask, window
+from foveate.pattern.positional import Causal, Window
+from foveate.problem import problem
+from foveate.score import bias, sinks
+from foveate.score import softcap as softcap_score
+
+PLAN = "foveate_plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `patch` asks of one layer: a pattern that narrows its own, and whether it may return its weights."""
+
+    pattern: Pattern | None
+    gives_weights: bool
+
+
+_PLAIN = Plan(None, gives_weights=True)
+_REFUSED = {"cache": "a paged cache", "block_indices": "blocks of keys that an indexer chose"}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention: q, k, v `[B, H, N, D]` → out `[B, N, H, Dv]` and the weights `[B, H, Nq, Nk]`.
+
+    The weights are None unless `output_attentions=True` asks for them; then they are exact, n×n, worked out a few rows
+    at a time, and those before dropout.
+
+    Raises:
+        FoveateError: the cache or the mask is of a kind that this cannot take; the message says what to use.
+        InvalidInput: a tensor does not fit; the message says which.
+    """
+    for name, what in _REFUSED.items():
+        if more.get(name) is not None:
+            raise FoveateError(
+                f"{type(module).__name__} uses {what}, which foveate does not take: use another attention for it"
+            )
+    plan: Plan = getattr(module, PLAN, _PLAIN)
+    scores = [] if softcap is None else [softcap_score(softcap)]
+    if position_bias is not None:
+        scores.append(bias(position_bias))
+    if s_aux is not None:
+        scores.append(sinks(s_aux))
+    queries, keys = query.shape[2], key.shape[2]
+    pattern: Pattern | None = None
+    start: int | Tensor = keys - queries
+    if isinstance(attention_mask, Mask):
+        _check_mask(attention_mask, module, queries, keys, plan)
+        pattern, start = attention_mask.pattern, attention_mask.query_start
+    elif isinstance(attention_mask, Tensor):
+        prepared = attention_mask[..., :keys]
+        if prepared.dtype == torch.bool:
+            pattern = from_mask(prepared)
+        else:
+            scores.append(bias(_hide_the_least(prepared)))
+    elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        # No mask was made: the layer relies on being causal, from the first position on.
+        pattern, start = causal if sliding_window is None else causal & window(sliding_window), 0
+    packed = _packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern)
+    for part in (packed, _selected(more.get("indices"), key), plan.pattern):
+        if part is not None:
+            pattern = part if pattern is None else pattern & part
+    if query.shape[0] == 1 != key.shape[0]:
+        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for every row
+    score = reduce(add, scores) if scores else None
+    query_sinks = more.get("sinks")
+    call = problem(
+        query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout,
+        needs_lse=query_sinks is not None,
+    )  # fmt: skip
+    result = dispatch(call)
+    out = result.out
+    wanted = plan.gives_weights and (more.get("output_attentions") or _weights_are_collected())
+    weights = capture.weights(call) if wanted else None
+    if query_sinks is not None:  # a sink for every query `[B, H, Nq, 1]` takes its share when all else is summed
+        assert result.lse is not None
+        share = torch.sigmoid(result.lse[..., None] - query_sinks)
+        out = (out * share).to(out.dtype)
+        weights = None if weights is None else weights * share
+    return out.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
+
+
+def _check_mask(mask: Mask, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
+    """Refuse a mask that was made for other queries and keys, or whose positions the plan's pattern cannot count."""
+    layer = type(module).__name__
+    if mask.shape[2:] != (queries, keys):
+        raise FoveateError(
+            f"{layer} attends from {queries} queries to {keys} keys under a mask made for {mask.shape[2]} and "
+            f"{mask.shape[3]}: use another attention for it"
+        )
+    if mask.key_start and not _depends_on_distance(plan.pattern):
+        raise FoveateError(
+            f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of {layer} has let go of "
+            f"the first {mask.key_start}: use another cache"
+        )
+
+
+def _weights_are_collected() -> bool:
+    """Whether the model was called with `output_attentions=True`, which some layers (GPT-2, OPT) don't hand on."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # older ones hand it on to every layer
+        return False
+    collected = _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _packed(
+    query_ends: Tensor | None, key_ends: Tensor | None, query: Tensor, key: Tensor, pattern: Pattern | None
+) -> Pattern | None:
+    """The pattern of texts laid end to end in one row, given as flash-attn's offsets (`cu_seq_lens`)."""
+    if query_ends is None or key_ends is None:
+        return None
+    if query_ends is key_ends or (
+        query_ends.shape == key_ends.shape
+        and query.shape[2] == key.shape[2]
+        and (torch.compiler.is_compiling() or torch.equal(query_ends, key_ends))  # no graph can compare them
+    ):
+        return documents(cu_seqlens=key_ends)
+    if pattern is not None:
+        raise FoveateError(
+            f"cu_seq_lens differ for queries and keys under the mask {pattern!r}: wanted the same, or no mask"
+        )
+
+    def numbers(ends: Tensor, length: int) -> Tensor:
+        at = torch.arange(length, device=ends.device)
+        number = torch.searchsorted(ends.long(), at, right=True) - 1
+        return torch.where(number < ends.shape[0] - 1, number, -1)
+
+    return documents(numbers(query_ends, query.shape[2]), numbers(key_ends, key.shape[2]))
+
+
+def _selected(indices: Tensor | None, key: Tensor) -> Pattern | None:
+    """The pattern of the keys `[B, Nq, count]` that an indexer chose for each query (DeepSeek-V3.2, 2512.02556)."""
+    if indices is None:
+        return None
+    batch, queries, _ = indices.shape
+    none = torch.zeros(batch, queries, key.shape[2], dtype=torch.bool, device=indices.device)
+    return from_mask(none.scatter(-1, indices.long(), value=True)[:, None])
+
+
+def _depends_on_distance(pattern: Pattern | None) -> bool:
+    """Whether a pattern is the same wherever its positions start to count."""
+    if isinstance(pattern, And):
+        return all(map(_depends_on_distance, pattern.parts))
+    return pattern is None or isinstance(pattern, Causal | Window)
+
+
+def _hide_the_least(mask: Tensor) -> Tensor:
+    """An additive mask whose lowest finite value, which stands for −inf in transformers, is −inf."""
+    if not mask.dtype.is_floating_point:
+        raise InvalidInput(f"the attention mask has dtype {mask.dtype}: wanted boolean or floating-point")
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))

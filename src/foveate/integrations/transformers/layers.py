@@ -1,0 +1,71 @@
+"""Which layers of a model attend, which of them foveate can reach, and which of those somebody means."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from torch import nn
+
+from foveate.errors import InvalidInput
+
+_OWN = {"softmax", "Softmax", "logsumexp", "scaled_dot_product_attention"}  # what a layer calls that attends itself
+
+
+def attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """The layers that call transformers' attention interface, by name, and the classes of those that do not."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise InvalidInput(f"patch was given a {type(model).__name__}: wanted a model of Hugging Face transformers")
+    reached, bypassed = {}, set()
+    kinds = {kind: kind_of(kind) for kind in {type(module) for module in model.modules()}}
+    for name, module in model.named_modules():
+        if kinds[type(module)] == "reached":
+            reached[name] = module
+        elif kinds[type(module)] == "bypassed":
+            bypassed.add(type(module).__name__)
+    if not reached:
+        beside = f"; {', '.join(sorted(bypassed))} compute their own" if bypassed else ""
+        raise InvalidInput(
+            f"{type(model).__name__} has no layer that calls transformers' attention interface, so foveate cannot "
+            f"reach it{beside}: use a model whose documentation lists attn_implementation="
+        )
+    return reached, sorted(bypassed)
+
+
+def kind_of(kind: type) -> str:
+    """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
+    if kind is nn.MultiheadAttention:
+        return "bypassed"
+    called: set[str] = set()
+    for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
+        if each is nn.Module:
+            break
+        functions = (inspect.unwrap(part) for part in vars(each).values() if inspect.isfunction(part))
+        called.update(name for function in functions for name in function.__code__.co_names)
+        if "forward" in vars(each):
+            break
+    if {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= called:
+        return "reached"
+    attends = "Attention" in kind.__name__ or "Attn" in kind.__name__
+    return "bypassed" if attends and called & _OWN else ""
+
+
+def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> set[str]:
+    """The names that numbers and parts of names stand for; None means all."""
+    if wanted is None:
+        return set(names)
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence):
+        raise InvalidInput(f"{what} is {wanted!r}: wanted a list of numbers or names")
+    found_all: set[str] = set()
+    for one in wanted:
+        if isinstance(one, str):
+            found = [name for name in names if f".{one}." in f".{name}."]
+        else:
+            found = [names[one]] if isinstance(one, int) and -len(names) <= one < len(names) else []
+        if not found:
+            raise InvalidInput(
+                f"{what} names {one!r}, which is no attention layer: wanted 0 to {len(names) - 1}, or a name such as "
+                f"{names[0]!r}"
+            )
+        found_all.update(found)
+    return found_all

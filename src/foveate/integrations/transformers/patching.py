@@ -1,0 +1,259 @@
+"""Reaching models: `register` for all of a process, `patch` for one that is loaded."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from foveate.errors import FoveateError, InvalidInput
+from foveate.integrations.transformers.attending import PLAN, Plan, attention
+from foveate.integrations.transformers.layers import attention_layers, chosen
+from foveate.integrations.transformers.masks import mask
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.catalogue import causal
+
+NAME = "foveate"
+TESTED = "5.23"  # docs/models.md says what was compared
+
+_PATCHED: weakref.WeakKeyDictionary[nn.Module, Patched] = weakref.WeakKeyDictionary()
+_POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
+
+
+def register() -> None:
+    """Make `attn_implementation="foveate"` known to transformers, for the whole process; again does nothing more.
+
+    Importing `foveate.integrations.transformers`, `patch` and `watch` call it.
+
+    Raises:
+        FoveateError: transformers is missing or too old; the message says what to install.
+    """
+    attentions, masks = _interfaces()
+    attentions.register(NAME, attention)
+    masks.register(NAME, mask)
+
+
+def unregister() -> None:
+    """Take `attn_implementation="foveate"` from transformers again.
+
+    Raises:
+        FoveateError: it is not registered, or models are patched that need it.
+    """
+    attentions, masks = _interfaces()
+    if NAME not in attentions._global_mapping:
+        raise FoveateError("foveate is not registered with transformers: nothing to undo")
+    if _PATCHED:
+        names = ", ".join(sorted({type(model).__name__ for model in _PATCHED}))
+        raise FoveateError(f"foveate still computes for {names}: unpatch what is patched first")
+    del attentions._global_mapping[NAME], masks._global_mapping[NAME]
+
+
+class Patched:
+    """One model that computes its attention with foveate; the end of a `with` gives it back, as `unpatch` does.
+
+    `layers` are the names of the attention layers that are reached, in the order of `model.named_modules()`;
+    `bypassed` the classes of those that are not.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], bypassed: list[str]) -> None:
+        self.layers = list(layers)
+        self.bypassed = bypassed
+        self.modules = layers
+        self._name = type(model).__name__
+        self._model = weakref.ref(model)
+        self._before = _implementations(model)
+
+    def restore(self) -> None:
+        """Put back what the layers and the configurations held before."""
+        for config, implementation in self._before:
+            config._attn_implementation = implementation
+        for module in self.modules.values():
+            if hasattr(module, PLAN):
+                delattr(module, PLAN)
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        model = self._model()
+        if model is not None:
+            unpatch(model)
+
+    def __repr__(self) -> str:
+        beside = f", not {', '.join(self.bypassed)}" if self.bypassed else ""
+        return f"<Patched {self._name}: {len(self.layers)} attention layers{beside}>"
+
+
+def patch(
+    model: nn.Module,
+    pattern: Pattern | None = None,
+    *,
+    layers: Sequence[int | str] | None = None,
+    weights_from: Sequence[int | str] | None = None,
+) -> Patched:
+    """Let one loaded Hugging Face model compute its attention with foveate, with the same results.
+
+    Args:
+        model: any model of transformers whose layers call its attention interface; those that do not are named in one
+            warning and go on as before.
+        pattern: narrows what the layers see: each attends to what its own mask *and* this pattern allow. Positions
+            count from the first key of a row, padding included.
+        layers: for which layers the pattern holds; None = all. A number counts the layers as `Patched.layers` lists
+            them, a text names one of them or a module that contains some.
+        weights_from: which layers return their weights under `output_attentions=True`; None = all. The others compute
+            none, so that those of one layer cost no more than one layer's.
+
+    Returns:
+        What was reached; the end of a `with` gives the model back as it was, and so does `unpatch`.
+
+    Raises:
+        InvalidInput: no layer can be reached, the model is patched already, a layer does not exist, or the pattern
+            contradicts the model's own mask. The model is left as it was.
+    """
+    reached, bypassed = attention_layers(model)
+    others = {module for patched in _PATCHED.values() for module in patched.modules.values()}
+    if not others.isdisjoint(reached.values()):
+        raise InvalidInput(f"{type(model).__name__} is patched already: unpatch it first")
+    if pattern is None and layers is not None:
+        raise InvalidInput(f"layers is {layers!r} but no pattern was given for them: give pattern=")
+    plans = _plans(model, reached, pattern, layers, weights_from)
+    register()
+    patched = Patched(model, reached, bypassed)
+    try:
+        with _quiet():
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
+        for name, plan in plans.items():
+            setattr(reached[name], PLAN, plan)
+    except BaseException:
+        patched.restore()
+        raise
+    _PATCHED[model] = patched
+    if bypassed:
+        warnings.warn(
+            f"{type(model).__name__}: {', '.join(bypassed)} compute their own attention and are not reached by foveate",
+            stacklevel=2,
+        )
+    return patched
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give a model that `patch` changed back as it was before.
+
+    Raises:
+        FoveateError: the model is not patched.
+    """
+    patched = _PATCHED.pop(model, None)
+    if patched is None:
+        raise FoveateError(f"{type(model).__name__} is not patched: nothing to undo")
+    patched.restore()
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` was called on this model and not undone."""
+    return model in _PATCHED
+
+
+def _interfaces() -> tuple[Any, Any]:
+    """transformers' two registries, of attention functions and of mask functions."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise FoveateError('transformers is missing: pip install "foveate[hf]"') from error
+    version = transformers.__version__
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise FoveateError(
+            f'transformers {version} has no attention interface: wanted {TESTED}; pip install -U "foveate[hf]"'
+        ) from error
+    if version.split(".")[:2] != TESTED.split(".") and NAME not in AttentionInterface._global_mapping:
+        warnings.warn(
+            f"transformers is {version} and foveate was tested with {TESTED}: compare a model's output with that of "
+            'attn_implementation="eager" before you rely on it',
+            stacklevel=3,
+        )
+    return AttentionInterface, AttentionMaskInterface
+
+
+def _plans(
+    model: nn.Module,
+    reached: dict[str, nn.Module],
+    pattern: Pattern | None,
+    layers: Sequence[int | str] | None,
+    weights_from: Sequence[int | str] | None,
+) -> dict[str, Plan]:
+    """What is asked of each layer of which anything is."""
+    if pattern is not None and not isinstance(pattern, Pattern):
+        raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern, such as fv.window(128)")
+    names = list(reached)
+    narrowed = chosen(names, layers, "layers") if pattern is not None else set()
+    if pattern is not None and layers is None:
+        kinds = sorted({type(module).__name__ for module in reached.values()})
+        if len(kinds) > 1 or getattr(model.config, "is_encoder_decoder", False):
+            raise InvalidInput(
+                f"{type(model).__name__} has attention of several kinds ({', '.join(kinds)}): say by layers= to which "
+                "the pattern applies, for example layers=['decoder']"
+            )
+    giving = chosen(names, weights_from, "weights_from")
+    for name in names:
+        if name in narrowed:
+            _check_against(pattern, name, reached[name])
+    return {
+        name: Plan(pattern if name in narrowed else None, name in giving)
+        for name in names
+        if name in narrowed or name not in giving
+    }
+
+
+def _check_against(pattern: Pattern | None, name: str, module: nn.Module) -> None:
+    """Refuse a pattern that takes from some query every key that the layer's own mask leaves it."""
+    if pattern is None or pattern.tensors():  # what depends on a batch is known only when the batch is
+        return
+    is_causal = bool(getattr(module, "is_causal", False))
+    both = causal & pattern if is_causal else pattern
+    if not bool(both.dense(_POSITIONS, _POSITIONS).any(-1).all()):
+        raise InvalidInput(
+            f"the pattern {pattern!r} contradicts the {'causal ' if is_causal else ''}mask of {name}: "
+            "some queries would see no key at all"
+        )
+
+
+def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Every configuration in the model with what it attends by now, outer ones first."""
+    found: list[tuple[Any, Any]] = []
+
+    def collect(config: Any) -> None:
+        if any(config is each for each, _ in found):
+            return
+        found.append((config, config._attn_implementation))
+        for name in getattr(config, "sub_configs", {}):
+            part = getattr(config, name, None)
+            if part is not None:
+                collect(part)
+
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            collect(module.config)
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own lines about each part that cannot be switched: `patch` says it once."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
