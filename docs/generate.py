@@ -307,6 +307,8 @@ FEATURES: dict[str, Call] = {
     "`relative_bias`": lambda x: {"score": fv.relative_bias(x(9, 4))},
     "`softcap`": lambda x: {"score": fv.softcap(50.0)},
     "`sinks`": lambda x: {"score": fv.sinks(x(4))},
+    "`normalizer=softmax_plus_one`": lambda x: {"normalizer": fv.softmax_plus_one},
+    "any other `normalizer`": lambda x: {"normalizer": fv.sparsemax},
     "`dropout`": lambda x: {"dropout": 0.1, "seed": 1},
     "log-sum-exp (`attention_with_lse`)": lambda x: {"needs_lse": True},
     "grouped heads": lambda x: {"k": x(2, 2, 64, 16), "v": x(2, 2, 64, 16)},

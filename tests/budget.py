@@ -26,6 +26,8 @@ def plain_torch(call: Problem) -> Result:
         scores = call.score.apply(scores, at)
     if call.pattern is not None:
         scores = scores.masked_fill(~call.pattern.visible(at), -torch.inf)
+    if call.normalizer is not None:
+        return Result(by_sorting(call.normalizer, scores) @ v, None)
     if call.score is not None and call.score.sinks is not None:
         sinks = call.score.sinks.of(at).to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
@@ -38,6 +40,29 @@ def plain_torch(call: Problem) -> Result:
         weights = weights * dropout_mask(call.seed, call.dropout, at.batch, at.head, at.query, at.key)
         weights = weights / (1 - call.dropout)
     return Result(weights @ v, lse.to(accumulator(lse.dtype)))
+
+
+def by_sorting(normalizer: object, scores: Tensor) -> Tensor:
+    """The papers' algorithms for a row of scores, −inf = hidden: sort, find how many stay, subtract the threshold."""
+    if repr(normalizer) == "sigmoid":
+        return 1 / (1 + (-scores).exp())
+    alpha = {"sparsemax": 2.0, "entmax(1.5)": 1.5}[repr(normalizer)]
+    x = (alpha - 1) * (scores - scores.amax(-1, keepdim=True))
+    x = x.masked_fill(~x.isfinite(), -torch.inf)
+    down = x.sort(-1, descending=True).values
+    count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    filled = down.masked_fill(down == -torch.inf, 0)
+    mean = filled.cumsum(-1) / count
+    if alpha == 2:  # Martins & Astudillo 2016, algorithm 1
+        tau = mean - 1 / count
+    else:  # Peters et al. 2019, algorithm 2
+        spread = (filled**2).cumsum(-1) - count * mean**2
+        inside = (1 - spread) / count
+        tau = mean - inside.masked_fill(inside <= 0, 1).sqrt().masked_fill(inside <= 0, 0)
+    stays = (tau <= down) & (down > -torch.inf)
+    tau = tau.gather(-1, (stays.sum(-1, keepdim=True) - 1).clamp(min=0))
+    hidden = (x <= tau) | (x == -torch.inf)
+    return (x - tau).masked_fill(hidden, 0) ** (1 / (alpha - 1))
 
 
 def cast(call: Problem, dtype: torch.dtype, *, gradients: bool) -> tuple[Problem, list[Tensor]]:

@@ -11,8 +11,11 @@ __version__ = "0.1.0"
 _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
-        "attention", "attention_with_lse", "explain", "linear_attention", "merge", "paged_attention", "weights",
+        "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
+        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "sampled_attention",
+        "straight_through", "weights",
     ),
+    "foveate.hard": ("Chosen",),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
     "foveate.integrations.transformers": ("patch", "register", "unpatch", "unregister"),
     "foveate.linear.features": ("Favor", "cosformer", "elu_plus_one", "favor", "hedgehog", "taylor"),
@@ -20,6 +23,7 @@ _HOME = {
         "delta", "elu_linear", "gated_delta", "gated_linear", "kimi_delta", "performer", "retention",
     ),
     "foveate.linear_problem": ("LinearState",),
+    "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
@@ -49,19 +53,28 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
+        additive_attention,
+        additive_weights,
         attention,
         attention_with_lse,
         explain,
+        gumbel_attention,
         linear_attention,
+        local_attention,
         merge,
         paged_attention,
+        reinforce_loss,
+        sampled_attention,
+        straight_through,
         weights,
     )
+    from foveate.hard import Chosen
     from foveate.integrations.torch import accelerate, report, restore
     from foveate.integrations.transformers import patch, register, unpatch, unregister
     from foveate.linear.features import Favor, cosformer, elu_plus_one, favor, hedgehog, taylor
     from foveate.linear_forms import delta, elu_linear, gated_delta, gated_linear, kimi_delta, performer, retention
     from foveate.linear_problem import LinearState
+    from foveate.normalizers import Normalizer, entmax, hardmax, sigmoid, softmax_plus_one, sparsemax
     from foveate.pattern.algebra import Pattern
     from foveate.pattern.catalogue import (
         bigbird,

@@ -7,6 +7,7 @@ kernels in one further pass, where they can.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
-from foveate.primitives import masked_softmax, raw_scores
+from foveate.primitives import normalized, raw_scores
 from foveate.problem import Problem, accumulator, without_autocast
 from foveate.softmax import native
 
@@ -30,7 +31,7 @@ class Looked:
     were visible. `rest` `[B, H, Nq]`: the weight that is not among them, so that weights + rest + sink = 1.
     `received` `[B, H, Nk]`: the sum of the weights that each key got.
     `watchers` `[B, H, Nk]`: how many rows may see each key.
-    `lse`, `entropy` (nats) `[B, H, Nq]`.
+    `lse`, `entropy` (nats) `[B, H, Nq]`; the log-sum-exp is NaN under a normalizer that has none.
     """
 
     indices: Tensor
@@ -119,13 +120,8 @@ def _by_rows(problem: Problem, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | 
         with without_autocast(problem.q.device):
             scores = raw_scores(problem.q.index_select(2, part).to(wide), k) * problem.scale
             at = Pairs(whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys)
-            sinks = None
-            if problem.score is not None:
-                scores = problem.score.apply(scores, at)
-                sinks = problem.score.sinks.of(at) if problem.score.sinks else None
-            visible = None if problem.pattern is None else problem.pattern.visible(at).broadcast_to(scores.shape)
-            shares, lse = masked_softmax(scores, visible, sinks)
-        yield shares, visible, lse
+            shares, visible, lse = normalized(problem, scores, at)
+        yield shares, visible, shares.new_full(shares.shape[:3], math.nan) if lse is None else lse
 
 
 def _places(places: Sequence[int] | Tensor | None, count: int, what: str, device: torch.device) -> Tensor:

@@ -7,6 +7,10 @@
     merge               attention over all keys from attention over parts of them
     paged_attention     the same over keys and values that lie in pages, as a cache keeps them
     linear_attention    one recurrence instead of the matrix: decays, the delta rule, feature maps, state in and out
+    straight_through, gumbel_attention, sampled_attention, reinforce_loss
+                        hard attention: one key for each query
+    additive_attention, additive_weights, local_attention
+                        scores from tanh(q + k); a window around a position that is learned
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -17,13 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import capture
+from foveate import additive, capture, hard
 from foveate.dispatch import Choice, choose, dispatch, dispatch_linear
 from foveate.errors import InvalidInput
+from foveate.hard import Chosen
 from foveate.linear_problem import Feature, LinearState, linear_problem
+from foveate.normalizers import Normalizer
 from foveate.paging import paged
 from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
@@ -41,6 +48,7 @@ def attention(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
@@ -54,6 +62,7 @@ def attention(
         scale: the factor before the softmax; None = dim^-½.
         query_start: the position of the first query among the keys, an int or `[batch]`; None = the last query
             stands at the last key, as in decoding with a cache.
+        normalizer: how scores become weights: softmax_plus_one, sigmoid, sparsemax, entmax(α), hardmax; None = softmax.
         dropout: the probability that a weight is dropped, by Philox of (`seed`, batch, head, query, key); in [0, 1).
         seed: of the dropout; None draws one from torch's default generator.
         backend: "auto", or the name of one implementation, which then runs or raises.
@@ -70,7 +79,7 @@ def attention(
     >>> fv.attention(q, k, v, fv.causal, scale=100.0)[0, 0, 1].round()
     tensor([0., 1., 0.])
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=False)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=False)
     out = dispatch(call, backend).out
     return out if batched else out[0]
 
@@ -84,15 +93,17 @@ def attention_with_lse(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]:
     """`attention`, and the log-sum-exp of every row: natural logarithm, float32 or wider, −inf where no key is seen.
 
-    Both are differentiable. The sum includes sinks, so in split work give those to one part only.
+    Both are differentiable. The sum includes sinks, so in split work give those to one part only; the 1 of
+    softmax_plus_one is one. Every other normalizer has no log-sum-exp and raises `InvalidInput`.
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=True)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=True)
     result = dispatch(call, backend)
     assert result.lse is not None
     return (result.out, result.lse) if batched else (result.out[0], result.lse[0])
@@ -107,13 +118,15 @@ def weights(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     rows: Sequence[int] | Tensor | None = None,
     columns: Sequence[int] | Tensor | None = None,
 ) -> Float[Tensor, "*batch heads rows columns"]:
     """The exact weights that `attention` gives, for some rows and columns; None means all of them.
 
     Normalised over all keys, then picked: a row sums to 1 over all columns (less with sinks, 0 without a visible
-    key). float32 or wider. Memory follows what is asked for. Negative rows and columns count from the end.
+    key, whatever it is with sigmoid). float32 or wider. Memory follows what is asked for. Negative rows and columns
+    count from the end.
 
     >>> import torch
     >>> import foveate as fv
@@ -121,7 +134,7 @@ def weights(
     >>> fv.weights(q, q, q, fv.causal, rows=[3], columns=[0, 1, 4])
     tensor([[[[0.2500, 0.2500, 0.0000]]]])
     """
-    call, batched = _problem(q, k, v, pattern, score, scale, query_start, 0.0, None, needs_lse=False)
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, 0.0, None, needs_lse=False)
     shares = capture.weights(call, rows, columns)
     return shares if batched else shares[0]
 
@@ -135,6 +148,7 @@ def explain(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
@@ -145,7 +159,7 @@ def explain(
     The answer prints as a table with every reason of every implementation that does not run, and has the fields
     `chosen` and `refusals`.
     """
-    call, _ = _problem(q, k, v, pattern, score, scale, query_start, dropout, seed, needs_lse=with_lse)
+    call, _ = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=with_lse)
     return choose(call, backend)
 
 
@@ -278,6 +292,236 @@ def paged_attention(
     return paged(q, key_pages, value_pages, table, lengths, pattern, score, scale, backend)
 
 
+def straight_through(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    temperature: float = 1.0,
+) -> Chosen:
+    """Hard attention with a gradient: forward the value of the best key, backward softmax(scores / temperature)·v.
+
+    The output is exactly `attention(…, normalizer=hardmax)`; its gradient is biased. Sinks are refused.
+    Bengio et al. 2013, section 4: https://arxiv.org/abs/1308.3432
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> k = torch.eye(3)[None].requires_grad_()
+    >>> taken = fv.straight_through(torch.tensor([[[0.0, 2.0, 1.0]]]), k, k)
+    >>> taken.choices, taken.out.tolist()
+    (tensor([[1]]), [[[0.0, 1.0, 0.0]]])
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call, temperature)
+    return _chosen(hard.straight_through(call, temperature, None), batched)
+
+
+def gumbel_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Chosen:
+    """`straight_through` with Gumbel noise on the scores, so that the key is a draw from the softmax weights.
+
+    Forward v at argmax(s + g), g = −log(−log u); backward softmax((s + g) / temperature)·v. The noise comes from
+    Philox by (a seed of the generator, batch, head, query, key), so it takes no memory.
+    Jang et al. 2016, https://arxiv.org/abs/1611.01144; Maddison et al. 2016, https://arxiv.org/abs/1611.00712
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.zeros(1, 1000, 4)
+    >>> taken = fv.gumbel_attention(q, q[:, :2], q[:, :2], generator=torch.Generator().manual_seed(0))
+    >>> 400 < taken.choices.sum() < 600
+    tensor(True)
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call, temperature)
+    return _chosen(hard.straight_through(call, temperature, hard.seed_of(generator)), batched)
+
+
+def sampled_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    choices: Tensor | None = None,
+    soft_share: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Chosen:
+    """The value of one key for each query, drawn with the softmax weights as probabilities; train by `reinforce_loss`.
+
+    `choices` `[batch, heads, queries]` are taken instead of drawn ones, −1 for none: what would these have cost?
+    `soft_share` of the batch, at random, takes the mean of all values instead, as attention does (choice −1), which
+    steadies the gradient. Memory is linear in the length.
+    Xu et al. 2015, section 4.1: https://arxiv.org/abs/1502.03044
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.zeros(1, 1000, 4)
+    >>> taken = fv.sampled_attention(q, q[:, :2], q[:, :2], generator=torch.Generator().manual_seed(0))
+    >>> 400 < taken.choices.sum() < 600, taken.log_prob[0, 0].exp()
+    (tensor(True), tensor(0.5000))
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    hard.check(call)
+    if isinstance(choices, Tensor) and not batched:
+        choices = choices[None]
+    return _chosen(hard.sampled(call, generator, choices, soft_share), batched)
+
+
+def reinforce_loss(
+    reward: Tensor,
+    drawn: Chosen | Sequence[Chosen],
+    *,
+    baseline: Tensor | float = 0.0,
+    weight: float = 1.0,
+    entropy_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """The loss whose gradient is REINFORCE's: −mean[r + weight · (r − b) · Σ log p(choices) + entropy_weight · Σ H].
+
+    Args:
+        reward: what is to become large, `[batch]`, `[batch, heads]` or `[batch, heads, queries]`. If it is log p(y)
+            and depends on the output, its own gradient is part of the estimate, as in equation 11.
+        drawn: what `sampled_attention` gave, or the list of all draws that the reward depends on.
+        baseline: subtracted from the reward, no more; a tensor that needs a gradient is fitted to it by a square.
+        weight: λ_r of the paper. With 1 the expected gradient is that of the expected reward, whatever the baseline.
+        entropy_weight: λ_e of the paper, 0.002 there; the terms of rows are summed, those of the batch averaged.
+
+    Raises:
+        InvalidInput: the reward does not have the first dimensions of `log_prob`.
+
+    Xu et al. 2015, equations 10 to 12: https://arxiv.org/abs/1502.03044; Williams 1992
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = torch.randn(5, 1, 3, 4, requires_grad=True)
+    >>> drawn = fv.sampled_attention(q, q, q, soft_share=0.5)
+    >>> fv.reinforce_loss(-drawn.out.square().mean((1, 2, 3)), drawn, entropy_weight=0.002).backward()
+    """
+    parts = [drawn] if isinstance(drawn, Chosen) else list(drawn)
+    return hard.reinforce(reward, parts, baseline=baseline, weight=weight, entropy_weight=entropy_weight)
+
+
+def additive_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    vector: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention whose score is a small network: softmax_j(vector · tanh(q_i + k_j))·v, with q and k already projected.
+
+    Bahdanau's W·s and U·h are the q and k, so that U·h is worked out once for a whole decoder; Luong's concat is the
+    same with the two halves of W_a. `vector` is `[dim]` or `[heads, dim]`. There is no scale. Memory is linear in the
+    length; a second derivative exists for calls that fit one block.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`, or the vector does not fit.
+
+    Bahdanau et al. 2014, appendix A.1.2: https://arxiv.org/abs/1409.0473
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> states, memory = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 5, 6)
+    >>> ask, key, vector = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(6, 4), torch.randn(4)
+    >>> fv.additive_attention(ask(states), key(memory), memory, vector).shape
+    torch.Size([2, 1, 3, 6])
+    """
+    call, batched = _problem(q, k, v, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
+    additive.check_vector(call, vector)
+    out = additive.additive(call, vector)
+    return out if batched else out[0]
+
+
+def additive_weights(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    vector: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    score: Score | Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
+) -> Float[Tensor, "*batch heads queries keys"]:
+    """The weights that `additive_attention` gives: the alignment of every query, float32 or wider.
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> fv.additive_weights(torch.zeros(1, 1, 2), torch.tensor([[[9.0, 0.0], [0.0, 0.0]]]), torch.tensor([2.0, 0.0]))
+    tensor([[[0.8808, 0.1192]]])
+    """
+    call, batched = _problem(q, k, k, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
+    additive.check_vector(call, vector)
+    shares = additive.additive_weights(call, vector)
+    return shares if batched else shares[0]
+
+
+def local_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    center: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    width: int,
+    sigma: float | None = None,
+    vector: Tensor | None = None,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention to the keys around a position of each query's own, which may be learned: Luong's local-p and local-m.
+
+    Σ_j softmax_j(score) · exp(−(j − center)² / 2σ²) · v_j over the keys with |j − center| ≤ width. As in the paper the
+    product is not normalised again, and the Gaussian is what gives `center` a gradient. Cost and memory follow
+    queries · width.
+
+    Args:
+        center: positions among the keys, `[batch, heads or 1, queries]`, any numbers; no key near gives 0.
+        width: D of the paper.
+        sigma: of the Gaussian; None = width / 2, as in the paper; math.inf = none at all (local-m).
+        vector: None for q·k times `scale`; else the score is vector · tanh(q + k), as in `additive_attention`.
+
+    Luong et al. 2015, section 3.2: https://arxiv.org/abs/1508.04025
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.zeros(1, 1, 4), torch.zeros(1, 9, 4), torch.eye(9)[None]
+    >>> fv.local_attention(q, k, v, torch.tensor([[3.5]]), width=2).mul(100).round()[0, 0].tolist()
+    [0.0, 0.0, 8.0, 22.0, 22.0, 8.0, 0.0, 0.0, 0.0]
+    """
+    call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
+    if vector is not None:
+        additive.check_vector(call, vector)
+    if isinstance(center, Tensor) and not batched:
+        center = center[None]
+    out = additive.local(call, center, width, sigma, vector)
+    return out if batched else out[0]
+
+
+def _chosen(chosen: Chosen, batched: bool) -> Chosen:
+    return chosen if batched else Chosen(*(part[0] for part in chosen))
+
+
 def _problem(
     q: Tensor,
     k: Tensor,
@@ -286,6 +530,7 @@ def _problem(
     score: Score | Tensor | None,
     scale: float | None,
     query_start: int | Tensor | None,
+    normalizer: Normalizer | None,
     dropout: float,
     seed: int | None,
     *,
@@ -296,7 +541,7 @@ def _problem(
     if not batched:
         q, k, v = q[None], k[None], v[None]
     call = problem(
-        q, k, v, pattern, score=score, scale=scale, query_start=query_start, dropout=dropout, seed=seed,
-        needs_lse=needs_lse,
+        q, k, v, pattern, score=score, scale=scale, query_start=query_start, normalizer=normalizer,
+        dropout=dropout, seed=seed, needs_lse=needs_lse,
     )  # fmt: skip
     return call, batched

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from foveate.positions import Pairs
+from foveate.problem import Problem, without_autocast
 
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -81,6 +85,109 @@ def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | None 
     return terms / total, lse.squeeze(-1)
 
 
+def normalized(call: Problem, scores: Tensor, at: Pairs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(weights, which keys may be seen, log-sum-exp) of scaled raw scores `[B, H, rows, keys]` at these pairs.
+
+    The pattern is None where all may be seen, the log-sum-exp where the normalizer has none.
+    """
+    sinks = None
+    if call.score is not None:
+        scores = call.score.apply(scores, at)
+        sinks = call.score.sinks.of(at) if call.score.sinks else None
+    visible = None if call.pattern is None else call.pattern.visible(at).broadcast_to(scores.shape)
+    if call.normalizer is None:
+        weights, lse = masked_softmax(scores, visible, sinks)
+        return weights, visible, lse
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return call.normalizer.weights(scores), visible, None
+
+
+Compute = Callable[[slice, slice, list[Tensor]], tuple[Tensor, ...]]
+
+
+def by_blocks(
+    compute: Compute, by_row: list[Tensor], by_batch: list[Tensor], whole: list[Tensor], cost: int, at_once: int
+) -> tuple[Tensor, ...]:
+    """compute(batch, rows, tensors) over parts of a call, joined: `at_once` numbers at most, `cost` of them a row.
+
+    The tensors come as `by_row` `[batch, _, rows, …]` and `by_batch` `[batch, …]` cut to the part, and `whole` as they
+    are; what is computed is `[batch, heads, rows, …]`. Nothing in between is kept: the backward pass computes each part
+    again (Chen et al. 2016, 1604.06174), and has no second derivative if there is more than one.
+    """
+    batch, rows = by_row[0].shape[0], by_row[0].shape[2]
+    together = max(1, min(batch, at_once // max(cost, 1)))
+    step = max(1, at_once // max(cost * together, 1))
+    places = [
+        (slice(first, min(first + together, batch)), slice(row, min(row + step, rows)))
+        for first in range(0, max(batch, 1), together)
+        for row in range(0, max(rows, 1), step)
+    ]
+    with without_autocast(by_row[0].device):
+        if len(places) == 1:
+            return compute(*places[0], [*by_row, *by_batch, *whole])
+        tensors = [*by_row, *by_batch, *whole]
+        counts = len(by_row), len(by_batch)
+        made: tuple[Tensor, ...] = _Blocks.apply(compute, places, counts, *tensors)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Blocks(torch.autograd.Function):
+    # No graph is built while the parts are computed: thousands of small allocations that outlive a part would tear
+    # holes into the memory that it gives back, and checkpoint() then takes as much as keeping everything.
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Compute, places: list[tuple[slice, slice]], counts: tuple[int, int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.compute, ctx.places, ctx.counts = compute, places, counts
+        ctx.save_for_backward(*tensors)
+        outs: list[Tensor] = []
+        for batch, rows in places:
+            parts = compute(batch, rows, _cut(tensors, counts, batch, rows))
+            if not outs:
+                size = tensors[0].shape[0], parts[0].shape[1], tensors[0].shape[2]
+                outs = [part.new_empty(*size, *part.shape[3:]) for part in parts]
+            for out, part in zip(outs, parts, strict=True):
+                out[batch, :, rows] = part
+        ctx.mark_non_differentiable(*(out for out in outs if not out.dtype.is_floating_point))
+        return tuple(outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        by_row, by_batch = ctx.counts
+        totals: list[Any] = [torch.zeros_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
+        with without_autocast(tensors[0].device):
+            for batch, rows in ctx.places:
+                pieces = _cut(tensors, ctx.counts, batch, rows)
+                leaves = [piece.detach().requires_grad_(want) for piece, want in zip(pieces, wanted, strict=True)]
+                with torch.enable_grad():
+                    parts = ctx.compute(batch, rows, leaves)
+                made = [part for part in parts if part.requires_grad]
+                given = [x[batch, :, rows] for x, part in zip(gradients, parts, strict=True) if part.requires_grad]
+                asked = [leaf for leaf in leaves if leaf.requires_grad]
+                if made:
+                    found = torch.autograd.grad(made, asked, given, allow_unused=True)
+                    into = [total for total, want in zip(totals, wanted, strict=True) if want]
+                    counts = sum(wanted[:by_row]), sum(wanted[by_row : by_row + by_batch])
+                    for total, gradient in zip(_cut(into, counts, batch, rows), found, strict=True):
+                        if gradient is not None:
+                            total += gradient
+        return None, None, None, *totals
+
+
+def _cut(tensors: Sequence[Tensor], counts: tuple[int, int], batch: slice, rows: slice) -> list[Tensor]:
+    """Views of the part of each tensor that belongs to some batch rows and some rows of queries."""
+    by_row, by_batch = counts
+    return [
+        *(x[batch, :, rows] for x in tensors[:by_row]),
+        *(x[batch] for x in tensors[by_row : by_row + by_batch]),
+        *tensors[by_row + by_batch :],
+    ]
+
+
 def merge_states(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from (out, lse) over each of them.
 
@@ -105,11 +212,22 @@ def merge_states(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 
 def dropout_mask(seed: int, rate: float, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Which weights dropout keeps: Philox-4x32-10 of (seed, batch, query head, query position, key) alone.
+    """Which weights dropout keeps: those whose number is at least `rate`. The index tensors broadcast."""
+    return uniform_words(seed, batch, head, query, key) >= round(rate * 2**32)
+
+
+def gumbel_noise(seed: int, at: Pairs, dtype: torch.dtype) -> Tensor:
+    """−log(−log u), u from Philox of (seed, batch, head, query, key) alone: the same in any order and at any time."""
+    words = uniform_words(seed, at.batch, at.head, at.query, at.key)
+    # The half keeps u inside (0, 1), in float64 because float32 has no number so near to 1.
+    return -(-((words.double() + 0.5) / 2**32).log()).log().to(dtype)
+
+
+def uniform_words(seed: int, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whole numbers from 0 to 2³² − 1: Philox-4x32-10 of (seed, batch, query head, query position, key) alone.
 
     The counter is (key // 4, query, head, batch), the key of the generator the two halves of seed, and key mod 4
-    picks one of the four words; a weight is kept if its word / 2³² ≥ rate (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). The index tensors broadcast.
+    picks one of the four words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     low = 0xFFFFFFFF
     shape = torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape)
@@ -126,5 +244,4 @@ def dropout_mask(seed: int, rate: float, batch: Tensor, head: Tensor, query: Ten
             ((left >> 32) & low) ^ words[3] ^ second,
             left & low,
         ]
-    word = torch.stack(words, -1).gather(-1, (key % 4).expand(shape)[..., None]).squeeze(-1)
-    return word >= round(rate * 2**32)
+    return torch.stack(words, -1).gather(-1, (key % 4).expand(shape)[..., None]).squeeze(-1)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
+from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.given import from_mask
 from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
+from foveate.score import sinks as sinks_of
 from foveate.values import describe, integers
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
@@ -35,6 +37,7 @@ class Problem:
     dropout: float
     seed: int | None
     needs_lse: bool
+    normalizer: Rowwise | None = None
 
     @property
     def group(self) -> int:
@@ -94,6 +97,7 @@ def problem(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     needs_lse: bool = False,
@@ -116,6 +120,7 @@ def problem(
         score = bias(score)
     if score is not None and not isinstance(score, Score):
         raise InvalidInput(f"the score is a {type(score).__name__}: wanted a score or a float tensor")
+    score, rowwise = _check_normalizer(normalizer, score, q, needs_lse)
     if isinstance(pattern, And) and not isinstance(start, Tensor) and start >= keys - 1:
         pattern = pattern.without(causal)  # hides nothing from queries that stand at the last key or behind it
     last = None if isinstance(start, Tensor) else start + queries
@@ -132,7 +137,32 @@ def problem(
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
     if not isinstance(scale, int | float):
         raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
-    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse)
+    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse, rowwise)
+
+
+def _check_normalizer(
+    normalizer: Normalizer | None, score: Score | None, q: Tensor, needs_lse: bool
+) -> tuple[Score | None, Rowwise | None]:
+    """(the score, the normalizer that is left): softmax-plus-one is softmax and one more term of the score."""
+    if normalizer is None:
+        return score, None
+    has_sinks = score is not None and score.sinks is not None
+    if isinstance(normalizer, SoftmaxPlusOne):
+        if has_sinks:
+            raise InvalidInput(f"softmax_plus_one is a sink of logit 0, and {score!r} has sinks of its own: drop one")
+        one = sinks_of(torch.zeros(q.shape[1], dtype=accumulator(q.dtype), device=q.device))
+        return one if score is None else score + one, None
+    if not isinstance(normalizer, Rowwise):
+        kind = getattr(normalizer, "__name__", type(normalizer).__name__)
+        raise InvalidInput(
+            f"the normalizer is {kind}: wanted None (which is softmax), softmax_plus_one, sigmoid, sparsemax, "
+            "entmax(alpha) or hardmax"
+        )
+    if has_sinks:
+        raise InvalidInput(f"sinks enlarge the denominator of a softmax, and {normalizer} has none: drop the sinks")
+    if needs_lse:
+        raise InvalidInput(f"{normalizer} has no log-sum-exp: call attention instead of attention_with_lse")
+    return score, normalizer
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ and the backward pass computes the weights again from the saved log-sum-exp inst
     forward   top, total, sum  ←  rescaled by exp(old top − new top), plus this segment
     backward  dS = P ∘ (dO·vᵀ − Σ dO ∘ O + d lse),  P = exp(S − lse)
 
+Other normalizers than softmax need all visible keys of a row at once: O(N · rows at once) memory, forward and backward.
+
 Tiles that the pattern leaves empty are never touched. Rabe & Staats 2021, "Self-attention Does Not Need O(n²)
 Memory": https://arxiv.org/abs/2112.05682
 """
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import unsupported
+from foveate.normalizers import Rowwise
+from foveate.normalizers import parse as parse_normalizer
 from foveate.pattern.crossing import cannot_cross, tiles, written
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, grid
@@ -30,8 +34,10 @@ from foveate.score import parse as parse_score
 _TILE = 128  # rows at once, and the grain at which empty tiles are skipped
 _KEYS = 2048  # keys at once: a segment's scores stay in the cache
 _SCORES = 1 << 24  # scores at once, over all heads: 64 MiB in float32
+_ROWS = 1 << 20  # the same where a normalizer passes over whole rows a dozen times: they stay in the cache
 
 Box = tuple[slice, slice, slice, slice]
+Segments = list[tuple[slice, list[tuple[slice, Tensor]]]]
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -53,8 +59,9 @@ def run(problem: Problem) -> Result:
         problem.q, problem.k, problem.v, held, tensors,
         problem.query_start if varying else None, 0 if varying else problem.query_start,
         pattern, score, problem.scale, problem.dropout, problem.seed or 0,
+        "" if problem.normalizer is None else repr(problem.normalizer),
     )  # fmt: skip
-    return Result(out, lse)
+    return Result(out, None if problem.normalizer is not None else lse)
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,18 @@ class _Call:
     scale: float
     dropout: float
     seed: int
+    normalizer: Rowwise | None
     finite: bool
 
     @property
     def group(self) -> int:
         return max(1, self.q.shape[1] // max(self.k.shape[1], 1))
 
-    def rows(self) -> Iterator[tuple[Box, list[tuple[slice, list[tuple[slice, Tensor]]]]]]:
+    def rows(self) -> Iterator[tuple[Box, Segments]]:
         """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
         heads, queries, keys = self.q.shape[1], self.q.shape[2], self.k.shape[2]
         if self.summary is None:
-            whole: list[tuple[slice, list[tuple[slice, Tensor]]]] = [
-                (slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)
-            ]
+            whole: Segments = [(slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)]
             for row in range(0, queries, 2 * _TILE):
                 rows = slice(row, min(row + 2 * _TILE, queries))
                 for part in self._batches():
@@ -106,13 +112,11 @@ class _Call:
         step = max(1, _SCORES // (heads * 2 * _TILE * min(self.k.shape[2], _KEYS) + 1))
         return [slice(at, min(at + step, batch)) for at in range(0, batch, step)]
 
-    def _segments(
-        self, columns: list[int], partial: list[int], rows: slice
-    ) -> list[tuple[slice, list[tuple[slice, Tensor]]]]:
+    def _segments(self, columns: list[int], partial: list[int], rows: slice) -> Segments:
         """Neighbouring tiles together, at most `_KEYS` keys each, and where in a segment a mask applies."""
         assert self.summary is not None
         keys, bound = self.k.shape[2], _KEYS // _TILE
-        segments: list[tuple[slice, list[tuple[slice, Tensor]]]] = []
+        segments: Segments = []
         at = 0
         while at < len(columns):
             end = at + 1
@@ -130,6 +134,26 @@ class _Call:
             segments.append((slice(first, last), masks))
             at = end
         return segments
+
+    def whole_rows(self) -> Iterator[tuple[Box, Segments]]:
+        """The boxes of `rows` that see a key, cut by batch and key head so that all keys of a box fit at once."""
+        for (b, h, rows, keys), segments in self.rows():
+            width = (rows.stop - rows.start) * sum(part.stop - part.start for part, _ in segments)
+            heads = min(h.stop - h.start, self.group * max(1, _ROWS // (width * self.group + 1)))
+            step = max(1, _ROWS // (width * heads + 1))
+            if segments:
+                for first in range(b.start, b.stop, step):
+                    for head in range(h.start, h.stop, heads):
+                        some = slice(head, min(head + heads, h.stop))
+                        yield (slice(first, min(first + step, b.stop)), some, rows, keys), segments
+
+    def row(self, box: Box, segments: Segments) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(scores as they are normalised, after the soft-cap, what dropout multiplies) of all keys that a box sees."""
+        boxes = [(*box[:3], keys) for keys, _ in segments]
+        parts = [self.scores(part, masks) for part, (_, masks) in zip(boxes, segments, strict=True)]
+        kept = [mask for mask in map(self.kept, boxes) if mask is not None]
+        scores, capped = (torch.cat(some, -1) for some in zip(*parts, strict=True))
+        return scores, capped, torch.cat(kept, -1) if kept else None
 
     def at(self, box: Box) -> Pairs:
         """The positions of the pairs of a box."""
@@ -177,7 +201,7 @@ class _Call:
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> _Call:  # fmt: skip
     position = start if starts is None else starts
     summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], position, _TILE)
@@ -186,18 +210,27 @@ def _call(
         summary = Summary(q.shape[2], k.shape[2], _TILE, *(part.to(q.device) for part in parts))
     finite = all(_is_finite(x) for x in (q, k, v))
     parsed = parse_score(score, tensors) if score else None
-    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, finite)
+    rowwise = parse_normalizer(normalizer) if normalizer else None
+    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, rowwise, finite)
 
 
 @torch.library.custom_op("foveate::chunked_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed)
+    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+    if call.normalizer is not None:
+        for box, segments in call.whole_rows():
+            scores, _, kept = call.row(box, segments)
+            weights = call.normalizer.weights(scores)
+            values = torch.cat([v[box[0], call.key_heads(box[1]), keys] for keys, _ in segments], 2).to(wide)
+            given = group(weights if kept is None else weights * kept, values)
+            out[box[:3]] = ungroup(given @ values if call.finite else weigh(given, values), scores).to(q.dtype)
+        return out, lse
     for (b, h, rows, _), segments in call.rows():
         here = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start, 1)
         sinks = call.sinks(h)
@@ -230,7 +263,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
@@ -239,14 +272,17 @@ def _forward_fake(
 def _backward_op(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed)
+    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix: float64 where there is any.
     fine = wide if q.device.type == "mps" else torch.float64
     d_tensors = [torch.zeros(x.shape, dtype=fine, device=x.device) for x in tensors]
+    if call.normalizer is not None:
+        _rowwise_backward(call, call.normalizer, d_out.to(wide), dq, dk, dv, d_tensors)
+        return [gradient.to(x.dtype) for gradient, x in zip((dq, dk, dv, *d_tensors), (q, k, v, *tensors), strict=True)]
     # Σ dO ∘ O is what the softmax takes back from every score of a row; the gradient of lse gives it.
     taken = (d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse.to(wide)[..., None]
     base = lse.masked_fill(lse == -math.inf, 0)[..., None]
@@ -270,13 +306,8 @@ def _backward_op(
             if kept is not None:
                 d_weights = d_weights * kept
             d_scores = (d_weights - taken[b, h, rows]).mul_(weights).masked_fill_(weights == 0, 0)
-            if call.score is not None:
-                at = call.at(box)
-                for place, term in enumerate(call.score.biases):
-                    term.collect(d_scores.to(fine), at, biases[str(place)])
-                if call.score.softcap is not None:
-                    slope = 1 - (capped / call.score.softcap.cap) ** 2
-                    d_scores = (d_scores * slope).masked_fill_(weights == 0, 0)  # a hidden slope may be NaN
+            _collect(call, d_scores, box, biases, fine)
+            d_scores = _uncap(call, d_scores, capped, weights)
             d_scores = group(d_scores.mul_(scale), k_rows)
             dq[b, h, rows] += ungroup(d_scores @ k_rows, q_rows)
             dk[b, heads, keys] += d_scores.mT @ group(q_rows, k_rows)
@@ -288,9 +319,55 @@ def _backward_op(
 def _backward_fake(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
+
+
+def _rowwise_backward(
+    call: _Call, normalizer: Rowwise, d_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, d_tensors: list[Tensor]
+) -> None:
+    """The backward pass of what needs all keys of a row at once; it adds to dq, dk, dv and d_tensors."""
+    fine = d_tensors[0].dtype if d_tensors else d_out.dtype
+    biases = _tensors_of_terms(call.score, d_tensors)
+    for box, segments in call.whole_rows():
+        b, h, rows, _ = box
+        heads = call.key_heads(h)
+        scores, capped, kept = call.row(box, segments)
+        weights = normalizer.weights(scores)
+        given = weights if kept is None else weights * kept
+        q_rows, d_rows = _clean(call.q[b, h, rows].to(d_out.dtype), call.finite), d_out[b, h, rows]
+        k_rows, v_rows = (
+            torch.cat([_clean(x[b, heads, keys].to(d_out.dtype), call.finite) for keys, _ in segments], 2)
+            for x in (call.k, call.v)
+        )
+        d_weights = ungroup(group(d_rows, v_rows) @ v_rows.mT, q_rows)
+        d_scores = normalizer.pull(weights, d_weights if kept is None else d_weights * kept)
+        d_values = group(given, v_rows).mT @ group(d_rows, v_rows)
+        widths = [keys.stop - keys.start for keys, _ in segments]
+        for (keys, _), part in zip(segments, d_scores.split(widths, -1), strict=True):
+            _collect(call, part, (b, h, rows, keys), biases, fine)
+        d_scores = group(_uncap(call, d_scores, capped, weights).mul_(call.scale), k_rows)
+        dq[b, h, rows] += ungroup(d_scores @ k_rows, q_rows)
+        d_keys = d_scores.mT @ group(q_rows, k_rows)
+        for (keys, _), d_k, d_v in zip(segments, d_keys.split(widths, 2), d_values.split(widths, 2), strict=True):
+            dk[b, heads, keys] += d_k
+            dv[b, heads, keys] += d_v
+
+
+def _collect(call: _Call, d_scores: Tensor, box: Box, totals: dict[str, Tensor], fine: torch.dtype) -> None:
+    """Add what the gradient of a box of scores means for the tensor of each bias."""
+    if call.score is not None and call.score.biases:
+        at = call.at(box)
+        for place, term in enumerate(call.score.biases):
+            term.collect(d_scores.to(fine), at, totals[str(place)])
+
+
+def _uncap(call: _Call, d_scores: Tensor, capped: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the scores before the soft-cap; where a weight is 0 the slope may be NaN."""
+    if call.score is None or call.score.softcap is None:
+        return d_scores
+    return (d_scores * (1 - (capped / call.score.softcap.cap) ** 2)).masked_fill_(weights == 0, 0)
 
 
 def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:

@@ -35,6 +35,8 @@ def refuses(problem: Problem, *, compiled: bool = True) -> list[str]:
     if torch.compiler.is_compiling():
         return ["its block mask depends on data, which a compiled graph does not have"]
     reasons = []
+    if problem.normalizer is not None:
+        reasons.append(f"computes softmax, not {problem.normalizer}")
     if q.device.type not in ("cpu", "cuda"):
         reasons.append(f"q is on {q.device.type} (takes cpu and cuda)")
     if q.device.type == "cpu" and problem.needs_gradient:

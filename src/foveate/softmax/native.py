@@ -43,6 +43,8 @@ def refuses(problem: Problem) -> list[str]:
     reasons = []
     if _native is None:
         reasons.append("the compiled kernels are missing: install a C++ compiler and foveate again")
+    if problem.normalizer is not None:
+        reasons.append(f"computes softmax, not {problem.normalizer}")
     if q.device.type not in ("cpu", "meta"):
         reasons.append(f"q is on {q.device.type} (takes cpu)")
     if q.dtype not in _DTYPES:

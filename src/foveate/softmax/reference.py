@@ -1,14 +1,14 @@
 """The definition of softmax attention. Everything else is compared with this file.
 
     scores  = scale · q·kᵀ → soft-cap → + biases → hidden keys are −inf
-    weights = exp(scores − lse),  lse = log(Σ exp(scores) + exp(sink))
+    weights = exp(scores − lse),  lse = log(Σ exp(scores) + exp(sink))    (or those of another normalizer)
     out     = dropout(weights) · v
 
 It holds the whole matrix, differentiates twice, and takes any float dtype (sums in float32 or wider).
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: https://arxiv.org/abs/1706.03762
 """
 
-from foveate.primitives import dropout_mask, group, masked_softmax, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, normalized, raw_scores, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator
 
 
@@ -23,12 +23,7 @@ def run(problem: Problem) -> Result:
     wide = accumulator(q.dtype)
     at = problem.pairs()
     scores = raw_scores(q.to(wide), k.to(wide)) * problem.scale
-    sinks = None
-    if problem.score is not None:
-        scores = problem.score.apply(scores, at)
-        sinks = problem.score.sinks.of(at) if problem.score.sinks else None
-    visible = problem.pattern.visible(at).broadcast_to(scores.shape) if problem.pattern is not None else None
-    weights, lse = masked_softmax(scores, visible, sinks)
+    weights, _, lse = normalized(problem, scores, at)
     if problem.dropout:
         kept = dropout_mask(problem.seed or 0, problem.dropout, at.batch, at.head, at.query, at.key)
         weights = weights * kept / (1 - problem.dropout)

@@ -26,6 +26,8 @@ def refuses(problem: Problem) -> list[str]:
     reasons = []
     if problem.needs_lse:
         reasons.append("returns no log-sum-exp")
+    if problem.normalizer is not None:
+        reasons.append(f"computes softmax, not {problem.normalizer}")
     if problem.dropout:
         reasons.append("draws its dropout from another random stream")
     if q.shape[3] != v.shape[3]:
