@@ -89,10 +89,12 @@ def test_a_rule_inside_a_graph_is_a_clear_error() -> None:
 def test_the_operators_keep_their_contract() -> None:
     q, k, v = (torch.randn(1, h, n, 4, requires_grad=True) for h, n in ((4, 5), (2, 7), (2, 7)))
     sinks = torch.randn(4, requires_grad=True)
-    arguments = (q, k, v, [], [sinks], None, 2, "causal & window(3)", "sinks(t[0])", 0.5, 0.0, 0)
+    arguments = (q, k, v, [], [sinks], None, 2, "causal & window(3)", "sinks(t[0])", 0.5, 0.0, 0, "")
     import foveate.softmax.chunked  # noqa: F401 — registers them
 
     torch.library.opcheck(torch.ops.foveate.chunked_forward.default, arguments)
+    other = (q, k, v, [], [], None, 2, "causal & window(3)", "", 0.5, 0.0, 0, "entmax(1.5)")
+    torch.library.opcheck(torch.ops.foveate.chunked_forward.default, other)
 
 
 def test_a_whole_compiled_block_runs() -> None:
