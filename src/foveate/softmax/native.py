@@ -318,7 +318,7 @@ _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, 
 
 
 class Pages(NamedTuple):
-    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has batch row b's keys from i · size."""
+    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has row b's keys from i · size."""
 
     key_pages: Tensor
     value_pages: Tensor
