@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +130,13 @@ def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "timm.layers", None)
     with pytest.raises(fv.InvalidInput, match=r'needs timm: pip install "foveate\[timm\]"'):
         attention()
+
+
+def test_what_the_page_shows_runs() -> None:
+    load_timm()
+    page = (Path(__file__).parent.parent / "docs" / "use-it.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(import timm\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
