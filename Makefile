@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ROUNDS ?=
 BIN := $(VENV)/bin
 
 SENTENCE := The animal didn't cross the street because it was too tired.
@@ -14,10 +15,10 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-timm check asan bench docs clean
+.PHONY: help demo test test-all test-timm check asan tsan aarch64 bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo ## see what a pretrained model looks at: in the terminal, animal.html and animal.png
 	@$(BIN)/foveate see "$(SENTENCE)" --layer 3 --head 1 --from it --out animal.html --out animal.png
@@ -39,9 +40,27 @@ check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mkdocs build --strict --quiet
 
+# Programs without Python, so no environment: cmake and a compiler. ROUNDS is how many calls of each kind are swept.
 asan: ## run the kernels' sweep under AddressSanitizer and UBSan (needs cmake and a compiler)
-	@cmake -S . -B build/asan -DFOVEATE_SWEEP=ON >/dev/null && cmake --build build/asan --parallel 2 >/dev/null
-	@build/asan/sweep
+	$(call programs,address)
+	@build/address/sweep $(ROUNDS)
+
+tsan: ## run the kernels from several threads at once under ThreadSanitizer (the same)
+	$(call programs,thread)
+	@build/thread/races
+
+aarch64: ## build the kernels for 64-bit ARM and sweep them in an emulator
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+		echo "needs a cross compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(call programs,plain,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++,aarch64)
+	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/sweep $(or $(ROUNDS),60)
+
+define programs
+@command -v cmake >/dev/null || { echo "needs cmake: pip install cmake, or your system's package" >&2; exit 1; }
+@cmake -S . -B build/$(or $(3),$(1)) -DFOVEATE_TESTS=$(1) $(2) >/dev/null
+@cmake --build build/$(or $(3),$(1)) --parallel 2 >/dev/null
+endef
 
 bench: $(VENV)/.dev ## measure beside PyTorch, into benchmarks/results/ (a quarter of an hour; close what else runs)
 	@$(BIN)/foveate bench softmax $(foreach kind,json csv svg,--out benchmarks/results/softmax.$(kind)) $(ARGS)

@@ -20,53 +20,109 @@
 
 namespace foveate {
 
+#if defined(FOVEATE_HAS_AMX)
+extern const Kernel kernel_amx;
+#endif
+#if defined(FOVEATE_HAS_AVX512BF16)
+extern const Kernel kernel_avx512bf16;
+#endif
+#if defined(FOVEATE_HAS_AVX512)
+extern const Kernel kernel_avx512;
+#endif
+#if defined(FOVEATE_HAS_AVX2)
+extern const Kernel kernel_avx2;
+#endif
+#if defined(FOVEATE_HAS_NEON)
+extern const Kernel kernel_neon;
+#else
+extern const Kernel kernel_baseline;
+#endif
+
+namespace {
+
+bool is(const Kernel& kernel, const char* name) { return !std::strcmp(kernel.name, name); }
+
 #if defined(__x86_64__)
-// Whether there is a matrix unit, and the system lets this process use it: it has to be asked.
-static bool has_amx() {
+bool converts_float16() {  // F16C, a word that not every compiler knows
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_matrix_unit() {
+    unsigned a, b, c, d = 0;
+    const unsigned bf16 = 1u << 22, tiles = 1u << 24;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles);
+}
+
+// The state of the matrix unit is large, so Linux has to be asked for it, once for all threads of a process.
+bool may_use_matrix_unit() {
 #if defined(__linux__)
-    static const bool found = [] {
-        unsigned a, b, c, d = 0;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-        const unsigned bf16 = 1u << 22, tiles = 1u << 24;
-        constexpr int request = 0x1023, tile_data = 18;
-        return (d & bf16) && (d & tiles) && syscall(SYS_arch_prctl, request, tile_data) == 0;
-    }();
-    return found;
+    constexpr int request = 0x1023, tile_data = 18;
+    static const bool allowed = syscall(SYS_arch_prctl, request, tile_data) == 0;
+    return allowed;
 #else
     return false;
 #endif
 }
-#endif
 
-bool runs_here(const Kernel& kernel) {
-#if defined(__x86_64__)
-    if (&kernel == &kernel_amx) return has_amx() && runs_here(kernel_avx512bf16);
-    if (&kernel == &kernel_avx512bf16) return __builtin_cpu_supports("avx512bf16") && runs_here(kernel_avx512);
-    if (&kernel == &kernel_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (&kernel == &kernel_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-    return &kernel == &kernel_baseline;
+const char* lacking(const Kernel& kernel) {
+    if (is(kernel, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                       converts_float16()
+                   ? nullptr
+                   : "the processor has no AVX2";
+    if (is(kernel, "baseline")) return nullptr;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+        return "the processor has no AVX-512";
+    if (is(kernel, "avx512")) return nullptr;
+    if (!__builtin_cpu_supports("avx512bf16")) return "the processor has no AVX-512 for bfloat16";
+    if (is(kernel, "avx512bf16")) return nullptr;
+    if (!has_matrix_unit()) return "the processor has no matrix unit";
+    return may_use_matrix_unit() ? nullptr : "the system does not let this process use the matrix unit";
 }
+#endif
 
 // On Intel's processors a product of pairs takes as long as four of float32: there only the matrix unit is worth it.
-static bool pays_here(const Kernel& kernel) {
+bool pays_here(const Kernel& kernel) {
 #if defined(__x86_64__)
-    if (&kernel == &kernel_avx512bf16) return !__builtin_cpu_is("intel");
+    if (is(kernel, "avx512bf16")) return !__builtin_cpu_is("intel");
 #endif
     (void)kernel;
     return true;
 }
 
-int64_t known_kernels(const Kernel* const** all) {
+}  // namespace
+
+const char* why_not_here(const Kernel& kernel) {
 #if defined(__x86_64__)
-    static const Kernel* const known[] = {&kernel_amx, &kernel_avx512bf16, &kernel_avx512, &kernel_avx2,
-                                          &kernel_baseline};
+    return lacking(kernel);
 #else
-    static const Kernel* const known[] = {&kernel_baseline};
+    (void)kernel;
+    return nullptr;
 #endif
+}
+
+int64_t known_kernels(const Kernel* const** all) {
+    static const Kernel* const known[] = {
+#if defined(FOVEATE_HAS_AMX)
+        &kernel_amx,
+#endif
+#if defined(FOVEATE_HAS_AVX512BF16)
+        &kernel_avx512bf16,
+#endif
+#if defined(FOVEATE_HAS_AVX512)
+        &kernel_avx512,
+#endif
+#if defined(FOVEATE_HAS_AVX2)
+        &kernel_avx2,
+#endif
+#if defined(FOVEATE_HAS_NEON)
+        &kernel_neon,
+#else
+        &kernel_baseline,
+#endif
+    };
     *all = known;
     return sizeof known / sizeof *known;
 }
@@ -75,7 +131,7 @@ const Kernel* choose(const char* name) {
     const Kernel* const* known;
     const int64_t count = known_kernels(&known);
     for (int64_t n = 0; n < count; ++n)
-        if ((*name || pays_here(*known[n])) && (!*name || !std::strcmp(name, known[n]->name)) && runs_here(*known[n])) return known[n];
+        if ((*name ? is(*known[n], name) : pays_here(*known[n])) && !why_not_here(*known[n])) return known[n];
     return nullptr;
 }
 
@@ -88,10 +144,19 @@ char* scratch_of(int64_t bytes) {
     };
     thread_local std::unique_ptr<char, Free> memory;
     thread_local int64_t size = 0;
-    if (size < bytes) {
-        size = (bytes + 4095) / 4096 * 4096;
-        memory.reset(static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size))));
-    }
+    const auto renew = [](int64_t wanted) {
+        void* found = nullptr;
+        memory.reset();
+        if (posix_memalign(&found, 64, static_cast<size_t>(wanted))) std::abort();
+        memory.reset(static_cast<char*>(found)), size = wanted;
+    };
+#if defined(FOVEATE_EXACT_SCRATCH)
+    // For tests: not a byte more than was asked for, and NaN instead of what the last call left.
+    renew(bytes);
+    std::memset(memory.get(), 0xff, static_cast<size_t>(bytes));
+#else
+    if (size < bytes) renew((bytes + 4095) / 4096 * 4096);
+#endif
     return memory.get();
 }
 
@@ -139,8 +204,9 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;
     const int64_t columns = tiles_of(call.keys);
     // Stretches of 512 keys and more, about 64 pieces in all; their number depends on the call alone, and so do the sums.
+    // None is longer than 2,048 keys: its tiles are summed one after the other, and a long row would be rounded too often.
     const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, groups));
-    const int64_t stretch = std::max<int64_t>(8, (columns + wanted - 1) / wanted), count = (columns + stretch - 1) / stretch;
+    const int64_t stretch = std::clamp<int64_t>((columns + wanted - 1) / wanted, 8, 32), count = (columns + stretch - 1) / stretch;
     const int64_t floats = kernel.part_floats(call) * rows;
     std::unique_ptr<float[]> parts(new float[static_cast<size_t>(groups * count * floats)]);
     const int64_t bytes = kernel.decode_bytes(call);
@@ -180,7 +246,7 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const Call& call = gradients.call;
     threads = threads_for(3 * products_of(call), threads);
     const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
-    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / (call.dim + call.value_dim))));
+    const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / std::max<int64_t>(1, call.dim + call.value_dim))));
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
     gradients.passed = passed.data();
@@ -220,6 +286,8 @@ void looked(const Looked& given, const Kernel& kernel, int threads) {
     threads = threads_for(products_of(call), threads);
     const int64_t bytes = kernel.looked_bytes(looked), heads = call.batch * call.heads;
     const Bands single(call, 1), bands(call, most_tiles);
+    std::unique_ptr<float[]> of_rows(new float[static_cast<size_t>(2 * heads * call.queries)]);
+    looked.bases = of_rows.get(), looked.factors = of_rows.get() + heads * call.queries;
     spread(threads, heads * single.count, [&](int64_t n) {
         const int64_t at = n / single.count;
         kernel.rows_looked(looked, single.at(at / call.heads, at % call.heads, n % single.count), scratch_of(bytes));

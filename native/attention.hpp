@@ -73,6 +73,7 @@ struct Looked {
     float* weights;    // likewise
     float *rest, *entropy;  // [batch, heads, queries]
     float* received;        // [batch, heads, keys], zeros before
+    float *bases, *factors;  // [batch, heads, queries]: a weight is 2^(score − base) · factor; for the second pass
     std::atomic<int64_t>* passed;
 };
 
@@ -103,12 +104,11 @@ struct Kernel {
 inline int64_t start_of(const Call& call, int64_t batch) { return call.starts ? call.starts[batch] : call.start; }
 inline int64_t tiles_of(int64_t length) { return (length + tile - 1) / tile; }
 
-extern const Kernel kernel_amx, kernel_avx512bf16, kernel_avx512, kernel_avx2, kernel_baseline;
-
-// The best kernel of this machine, or the named one; null if the machine has no such instructions.
+// Every kernel that was compiled, best first, with those that this machine cannot run.
+int64_t known_kernels(const Kernel* const** all);
+const char* why_not_here(const Kernel& kernel);  // what this machine lacks for it; null if it runs here
+// The best kernel of this machine, or the named one; null if it does not run here.
 const Kernel* choose(const char* name);
-int64_t known_kernels(const Kernel* const** all);  // best first, with those that this machine cannot run
-bool runs_here(const Kernel& kernel);
 
 // The whole of a call, on `threads` threads.
 void forward(const Call& call, const Kernel& kernel, int threads);

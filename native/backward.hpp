@@ -35,14 +35,9 @@ struct Ready {
     float *q, *d_out, *lse, *delta;
 };
 
-static void make_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
-                       const Ready& ready, float* wide_a, float* wide_b) {
+// Log-sum-exp (binary) and δ of a tile of rows, the first of which is number `at` of all.
+static void rows_ready(const Gradients& g, int64_t at, int64_t rows, const Rows& d_out, const Rows& out, const Ready& ready) {
     const Call& call = g.call;
-    const int64_t at = (batch * call.heads + head) * call.queries + first_row;
-    lay(rows_of(call, call.q, batch, head, first_row, rows, call.dim, wide_a), rows, call.dim, 1, ready.q);
-    const Rows d_out = rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, wide_a);
-    const Rows out = rows_of(call, call.out, batch, head, first_row, rows, call.value_dim, wide_b);
-    lay(d_out, rows, call.value_dim, 1, ready.d_out);
     for (int64_t row = 0; row < tile; ++row) {
         const float lse = row < rows ? call.lse[at + row] : -INFINITY;
         ready.lse[row] = lse == -INFINITY ? INFINITY : lse * log2e;  // no weight for a row that sees nothing
@@ -54,6 +49,17 @@ static void make_ready(const Gradients& g, int64_t batch, int64_t head, int64_t 
                    load_some(out.data + row * out.stride + d, call.value_dim - d);
         ready.delta[row] = sum_of(sum) - (g.d_lse ? g.d_lse[at + row] : 0);
     }
+}
+
+static void make_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
+                       const Ready& ready, float* wide_a, float* wide_b) {
+    const Call& call = g.call;
+    const int64_t at = (batch * call.heads + head) * call.queries + first_row;
+    lay(rows_of(call, call.q, batch, head, first_row, rows, call.dim, wide_a), rows, call.dim, 1, ready.q);
+    const Rows d_out = rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, wide_a);
+    const Rows out = rows_of(call, call.out, batch, head, first_row, rows, call.value_dim, wide_b);
+    lay(d_out, rows, call.value_dim, 1, ready.d_out);
+    rows_ready(g, at, rows, d_out, out, ready);
 }
 
 // Weights (as they were given to the values) and the gradients of the scores of one tile; `before_cap` is what is handed
@@ -90,23 +96,30 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
     }
 }
 
-static TileGradients tile_gradients(const Gradients& g, const Columns& mine, const Place& at, const Rows& k, const Rows& v,
-                                    const Ready& ready, float* weights, float* d_scores, float* slopes) {
-    const Call& call = g.call;
+// The middle of it: `weights` holds raw scores, `d_scores` the gradients of weights.
+static TileGradients through_softmax(const Call& call, const Columns& mine, const Place& at, const Ready& ready,
+                                     float* weights, float* d_scores, float* slopes) {
     const int64_t active = (at.rows + lanes - 1) / lanes;
     const bool adjusted = adjusts(call);
     const float binary = adjusted ? log2e : call.scale * log2e;
-    products<false, Into::fresh>(k.data, at.keys, k.stride, ready.q, tile, call.dim, active, weights, tile);
     if (adjusted) adjust(call, at, call.scale, active, weights, slopes);
     uint64_t seen[tile];
     const bool masked = mine.hides(seen);
     if (masked) hide(weights, seen, at.keys, active);
-    products<false, Into::fresh>(v.data, at.keys, v.stride, ready.d_out, tile, call.value_dim, active, d_scores, tile);
     if (masked || call.bias)
         score_gradients<true>(call, at, active, binary, ready, weights, d_scores, slopes);
     else
         score_gradients<false>(call, at, active, binary, ready, weights, d_scores, slopes);
     return {weights, d_scores, call.softcap != 0 ? slopes : d_scores};
+}
+
+static TileGradients tile_gradients(const Gradients& g, const Columns& mine, const Place& at, const Rows& k, const Rows& v,
+                                    const Ready& ready, float* weights, float* d_scores, float* slopes) {
+    const Call& call = g.call;
+    const int64_t active = (at.rows + lanes - 1) / lanes;
+    products<false, Into::fresh>(k.data, at.keys, k.stride, ready.q, tile, call.dim, active, weights, tile);
+    products<false, Into::fresh>(v.data, at.keys, v.stride, ready.d_out, tile, call.value_dim, active, d_scores, tile);
+    return through_softmax(call, mine, at, ready, weights, d_scores, slopes);
 }
 
 static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 2); }

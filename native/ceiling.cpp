@@ -90,6 +90,7 @@ FMA_LOOP(fma_avx512, AVX512, 64)
 READ_LOOP(read_avx2, AVX2, 32)
 READ_LOOP(read_avx512, AVX512, 64)
 
+#if defined(FOVEATE_HAS_AMX)  // by the compiler: one that knows it knows bfloat16 in AVX-512 too
 AVX512_BF16 double dot_avx512(int64_t rounds) {
     const __m512bh ones = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
 #define START(n) __m512 s##n = _mm512_set1_ps(n);
@@ -148,6 +149,7 @@ bool has_amx() {
 #endif
 }
 #endif
+#endif
 
 Loop best_float32() {
 #if defined(__x86_64__)
@@ -158,7 +160,7 @@ Loop best_float32() {
 }
 
 Loop best_bfloat16() {
-#if defined(__x86_64__)
+#if defined(FOVEATE_HAS_AMX)
     if (has_amx()) return tiles_amx;
     if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && has(7, 1, 0, 5)) return dot_avx512;
 #endif

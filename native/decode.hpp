@@ -143,7 +143,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
                 }
             }
             if (!some[c]) continue;
-            all[c] = all[c] == inside;
+            all[c] = all[c] == inside && !call.bias;  // a bias may hide too
             float* here = scores + c * tile;
             for (int64_t key = 0; key < keys; key += few) {
                 const int64_t some_keys = least(few, keys - key);

@@ -17,29 +17,59 @@ struct State {
     float *base, *total, *out;
 };
 
-static void clear(const State& state, int64_t value_dim) {
-    for (int n = 0; n < tile; n += lanes) {
-        store(state.base + n, spread(-INFINITY));
-        store(state.total + n, Floats{});
-    }
-    memset(state.out, 0, sizeof(float) * tile * value_dim);
-}
+// Two running states of a tile of rows. Tiles are summed in groups, so that a long row is not rounded once for every tile:
+// at 65,536 keys that keeps the relative error below 1e-6. A row of few tiles has one group and is never joined.
+struct Running {
+    State whole, group;
+    int64_t active, visited = 0;  // vectors of rows; tiles in this group
+    bool joined = false;
 
-// What was summed over other keys joins `whole`. Tiles are summed in groups first, so that a long row is not rounded
-// once for every tile: at 65,536 keys that keeps the relative error below 1e-6.
-static void join(const State& whole, const State& group, int64_t value_dim) {
-    for (int n = 0; n < tile; n += lanes) {
-        const Floats top = larger(load(whole.base + n), load(group.base + n));
-        const Floats base = top == spread(-INFINITY) ? Floats{} : top;
-        const Floats mine = power_of_two(load(whole.base + n) - base), theirs = power_of_two(load(group.base + n) - base);
-        store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
-        store(whole.base + n, top);
-        for (int64_t d = 0; d < value_dim; ++d) {
-            float* place = whole.out + d * tile + n;
-            store(place, load(place) * mine + load(group.out + d * tile + n) * theirs);
+    // Before any key: nothing, or a sink's weight. The sum of values is not cleared: its first product is stored fresh.
+    void begin(const Call& call, int64_t head, int64_t rows) {
+        active = (rows + lanes - 1) / lanes;
+        const float sink = call.sinks ? call.sinks[head] * log2e : -INFINITY;
+        fill(group, sink, sink == -INFINITY ? 0.0f : 1.0f);
+    }
+    void fill(const State& state, float base, float total) const {
+        for (int64_t n = 0; n < active * lanes; n += lanes) store(state.base + n, spread(base)), store(state.total + n, spread(total));
+    }
+    void zero(int64_t value_dim) const {
+        for (int64_t d = 0; d < value_dim; ++d) memset(group.out + d * tile, 0, sizeof(float) * lanes * static_cast<size_t>(active));
+    }
+
+    // Called before each tile: whether it is the first of its group.
+    bool next(int64_t value_dim) {
+        if (visited++ < tiles_in_group) return visited == 1;
+        join(value_dim);
+        fill(group, -INFINITY, 0);
+        visited = 1;
+        return true;
+    }
+    void join(int64_t value_dim) {
+        if (!joined) {
+            const State full = group;
+            group = whole, whole = full;
+            joined = true;
+            return;
+        }
+        for (int64_t n = 0; n < active * lanes; n += lanes) {
+            const Floats top = larger(load(whole.base + n), load(group.base + n));
+            const Floats base = top == spread(-INFINITY) ? Floats{} : top;
+            const Floats mine = power_of_two(load(whole.base + n) - base), theirs = power_of_two(load(group.base + n) - base);
+            store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
+            store(whole.base + n, top);
+            for (int64_t d = 0; d < value_dim; ++d) {
+                float* place = whole.out + d * tile + n;
+                store(place, load(place) * mine + load(group.out + d * tile + n) * theirs);
+            }
         }
     }
-}
+    const State& end(int64_t value_dim) {
+        if (!visited) zero(value_dim);
+        join(value_dim);
+        return whole;
+    }
+};
 
 // Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
 template <int wide>
@@ -139,20 +169,16 @@ static void forward(const Call& call, const Band& band, char* scratch) {
     float* shrink = wide_v + tile * padded(value_dim);
     float* row_scratch = shrink + tile;
     float* q[band_rows];
-    State state[band_rows], group[band_rows];
-    int64_t visited[band_rows] = {};
+    Running state[band_rows];
     float* next = row_scratch + lanes * (value_dim + lanes);
     BandColumns columns(call, band);
     for (int64_t r = 0; r < band.count; ++r) {
-        q[r] = next, next += tile * dim;
-        state[r] = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        group[r] = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        clear(state[r], value_dim);
-        clear(group[r], value_dim);
         const Columns& mine = columns.of[r];
+        q[r] = next, next += tile * dim;
+        state[r].whole = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
+        state[r].group = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
+        state[r].begin(call, band.head, mine.rows);
         lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, sign, q[r]);
-        if (call.sinks && call.sinks[band.head] != -INFINITY)
-            for (int row = 0; row < tile; ++row) state[r].base[row] = call.sinks[band.head] * log2e, state[r].total[row] = 1;
     }
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
@@ -161,11 +187,8 @@ static void forward(const Call& call, const Band& band, char* scratch) {
         for (int64_t r = 0; r < band.count; ++r) {
             Columns& mine = columns.of[r];
             if (mine.done() || mine.column() != column) continue;
-            if (visited[r]++ == tiles_in_group) {
-                join(state[r], group[r], value_dim);
-                clear(group[r], value_dim);
-                visited[r] = 1;
-            }
+            const bool first = state[r].next(value_dim);
+            const State& group = state[r].group;
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
@@ -173,19 +196,23 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             uint64_t seen[tile];
             const bool masked = mine.hides(seen);
             if (masked) hide(scores, seen, keys, active);
-            const bool raised = weigh_all(scores, keys, active, binary, group[r], shrink);
+            const bool raised = weigh_all(scores, keys, active, binary, group, shrink);
             if (call.threshold) drop(call, at, active, scores);
-            if ((masked || call.bias || call.threshold) && !finite(v, keys, value_dim))
-                guarded_products(v, value_dim, scores, keys, active, group[r].out, shrink);
-            else if (raised)
-                products<true, Into::shrunk>(v.data, value_dim, v.stride, scores, tile, keys, active, group[r].out, tile, shrink);
-            else
-                products<true, Into::added>(v.data, value_dim, v.stride, scores, tile, keys, active, group[r].out, tile);
+            if ((masked || call.bias || call.threshold) && !finite(v, keys, value_dim)) {
+                if (first) state[r].zero(value_dim);
+                guarded_products(v, value_dim, scores, keys, active, group.out, shrink);
+            } else if (first) {
+                products<true, Into::fresh>(v.data, value_dim, v.stride, scores, tile, keys, active, group.out, tile);
+            } else if (raised) {
+                products<true, Into::shrunk>(v.data, value_dim, v.stride, scores, tile, keys, active, group.out, tile, shrink);
+            } else {
+                products<true, Into::added>(v.data, value_dim, v.stride, scores, tile, keys, active, group.out, tile);
+            }
             mine.next();
         }
     }
     for (int64_t r = 0; r < band.count; ++r) {
-        join(state[r], group[r], value_dim);
-        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r], shrink, row_scratch);
+        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r].end(value_dim), shrink,
+              row_scratch);
     }
 }

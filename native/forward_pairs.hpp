@@ -106,20 +106,16 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
         each.key_rows = reinterpret_cast<uint16_t*>(room(key_floats)), each.turned = reinterpret_cast<uint16_t*>(room(value_floats));
     float *wide_v = room(tile * padded(value_dim)), *shrink = room(tile), *row_scratch = room(lanes * (value_dim + lanes));
     uint32_t* q[band_rows];
-    State state[band_rows], group[band_rows];
-    int64_t visited[band_rows] = {};
+    Running state[band_rows];
     BandColumns columns(call, band);
     for (int64_t r = 0; r < band.count; ++r) {
         q[r] = reinterpret_cast<uint32_t*>(room(key_floats));
-        state[r] = {room(tile), room(tile), room(tile * value_wide)};
-        group[r] = {room(tile), room(tile), room(tile * value_wide)};
-        clear(state[r], value_wide);
-        clear(group[r], value_wide);
+        state[r].whole = {room(tile), room(tile), room(tile * value_wide)};
+        state[r].group = {room(tile), room(tile), room(tile * value_wide)};
         const Columns& mine = columns.of[r];
+        state[r].begin(call, band.head, mine.rows);
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, ready[0].key_rows, false),
                   mine.rows, dim, negative, q[r]);
-        if (call.sinks && call.sinks[band.head] != -INFINITY)
-            for (int row = 0; row < tile; ++row) state[r].base[row] = call.sinks[band.head] * log2e, state[r].total[row] = 1;
     }
 
     const PairUnit unit;
@@ -162,54 +158,54 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
         pair_products(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.r] + of.first, blocks(dim, 32),
                       blocks(of.rows, lanes), scores + of.first, false);
     };
+    bool fresh[band_rows] = {};  // whether this tile is the first of its group
     while (prepare()) {
         Visit visit{0, -1, half, 0, {}};
         bool more = advance(visit);
         if (more) score(visit);
         while (more) {
-        const Visit now = visit;
-        const Prepared& with = ready[now.c];
-        const int64_t r = now.r, keys = with.keys, active = blocks(now.rows, lanes), first_key = with.column * tile;
-        const Place at{band.batch, band.head, now.mine.first_row + now.first, now.rows, first_key, keys};
-        const State mine{group[r].base + now.first, group[r].total + now.first, group[r].out + now.first};
-        float *here = scores + now.first, *less = shrink + now.first;
-        uint32_t* given = pairs + now.first;
-        if (now.first == 0 && visited[r]++ == tiles_in_group) {
-            join(state[r], group[r], value_dim);
-            clear(group[r], value_wide);
-            visited[r] = 1;
+            const Visit now = visit;
+            const Prepared& with = ready[now.c];
+            const int64_t keys = with.keys, active = blocks(now.rows, lanes), first_key = with.column * tile;
+            const Place at{band.batch, band.head, now.mine.first_row + now.first, now.rows, first_key, keys};
+            Running& running = state[now.r];
+            if (now.first == 0) fresh[now.r] = running.next(value_wide);
+            const bool first = fresh[now.r];
+            const State mine{running.group.base + now.first, running.group.total + now.first, running.group.out + now.first};
+            float *here = scores + now.first, *less = shrink + now.first;
+            uint32_t* given = pairs + now.first;
+            if (adjusted) adjust(call, at, scale, active, here, nullptr);
+            uint64_t seen[tile];
+            const bool masked = now.mine.hides(seen);
+            if (masked) hide(here, seen, keys, active, now.first);
+            const bool guarded = (masked || call.bias || call.threshold) && !with.finite;
+            bool raised;
+            if (guarded || call.threshold) {
+                raised = weigh_all(here, keys, active, binary, mine, less);
+                if (call.threshold) drop(call, at, active, here);
+                pair_up(here, keys, active, given);
+            } else {
+                raised = weigh_all_pairs(here, keys, active, binary, mine, less, given);
+            }
+            if (guarded) {
+                if (first && now.first == 0) running.zero(value_wide);
+                const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
+                guarded_products(v, value_dim, here, keys, active, mine.out, less);
+            } else if (raised && !first) {
+                for (int64_t d = 0; d < value_dim; ++d)
+                    for (int64_t n = 0; n < active * lanes; n += lanes) {
+                        float* place = mine.out + d * tile + n;
+                        store(place, load(place) * load(less + n));
+                    }
+            }
+            more = advance(visit);
+            if (more) score(visit);
+            if (!guarded)
+                pair_products(with.turned, value_wide / 16, tile, given, blocks(keys, 32), active, mine.out, !first);
         }
-        if (adjusted) adjust(call, at, scale, active, here, nullptr);
-        uint64_t seen[tile];
-        const bool masked = now.mine.hides(seen);
-        if (masked) hide(here, seen, keys, active, now.first);
-        const bool guarded = (masked || call.bias || call.threshold) && !with.finite;
-        bool raised;
-        if (guarded || call.threshold) {
-            raised = weigh_all(here, keys, active, binary, mine, less);
-            if (call.threshold) drop(call, at, active, here);
-            pair_up(here, keys, active, given);
-        } else {
-            raised = weigh_all_pairs(here, keys, active, binary, mine, less, given);
-        }
-        if (guarded) {
-            const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
-            guarded_products(v, value_dim, here, keys, active, mine.out, less);
-        } else if (raised) {
-            for (int64_t d = 0; d < value_dim; ++d)
-                for (int64_t n = 0; n < active * lanes; n += lanes) {
-                    float* place = mine.out + d * tile + n;
-                    store(place, load(place) * load(less + n));
-                }
-        }
-        more = advance(visit);
-        if (more) score(visit);
-        if (!guarded) pair_products(with.turned, value_wide / 16, tile, given, blocks(keys, 32), active, mine.out, true);
     }
-    }
-    for (int64_t r = 0; r < band.count; ++r) {
-        join(state[r], group[r], value_dim);
-        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r], shrink, row_scratch);
-    }
+    for (int64_t r = 0; r < band.count; ++r)
+        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r].end(value_wide), shrink,
+              row_scratch);
 }
 #endif

@@ -11,6 +11,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "attention.hpp"
@@ -19,7 +21,7 @@
 #define UNIT amx
 #define FOVEATE_PAIRS
 #define FOVEATE_AVX512
-#elif defined(FOVEATE_BF16)
+#elif defined(FOVEATE_AVX512BF16)
 #define UNIT avx512bf16
 #define FOVEATE_PAIRS
 #define FOVEATE_AVX512
@@ -27,6 +29,8 @@
 #define UNIT avx512
 #elif defined(FOVEATE_AVX2)
 #define UNIT avx2
+#elif defined(FOVEATE_NEON)
+#define UNIT neon
 #else
 #define UNIT baseline
 #endif
@@ -45,6 +49,7 @@ namespace UNIT {
 #include "forward.hpp"
 #include "forward_pairs.hpp"
 #include "backward.hpp"
+#include "backward_pairs.hpp"
 #include "score_gradients.hpp"
 #include "decode.hpp"
 #include "looked.hpp"
@@ -62,12 +67,25 @@ static void any_forward(const Call& call, const Band& band, char* scratch) {
 #endif
     forward(call, band, scratch);
 }
+static int64_t any_backward_bytes(const Call& call, int64_t tile_rows) {
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) return backward_pair_bytes(call, tile_rows);
+#endif
+    return backward_bytes(call, tile_rows);
+}
+static void any_backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
+#if defined(FOVEATE_PAIRS)
+    if (g.call.dtype == Dtype::bfloat16) return backward_pairs(g, band, turn, turns, scratch);
+#endif
+    backward(g, band, turn, turns, scratch);
+}
 }  // namespace UNIT
 
+extern const Kernel NAMED(kernel_, UNIT);  // or it would be this unit's alone
 const Kernel NAMED(kernel_, UNIT) = {
     TEXT(UNIT),
     UNIT::any_forward_bytes, UNIT::any_forward,
-    UNIT::backward_bytes, UNIT::backward,
+    UNIT::any_backward_bytes, UNIT::any_backward,
     UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
     UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
     UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,

@@ -9,13 +9,14 @@ constexpr int lanes = 8;
 constexpr int lanes = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * lanes), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * lanes), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * lanes), may_alias));
+typedef float Loose __attribute__((vector_size(4 * lanes), aligned(2), may_alias));  // in memory: bfloat16 comes here too
 
 static inline Floats spread(float x) { return x - Floats{}; }  // x − 0 is x, −0 too: a plain broadcast
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
+static inline Floats load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+static inline void store(float* p, Floats x) { *reinterpret_cast<Loose*>(p) = x; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // where one is NaN: b
 static inline Ints bits_of(Floats x) { return reinterpret_cast<Ints&>(x); }
 static inline Floats floats_of(Ints x) { return reinterpret_cast<Floats&>(x); }
@@ -115,20 +116,32 @@ static inline float sum_of(Floats x) {
     return halves[0];
 }
 
-// A square of lanes × lanes, rows to columns: log₂(lanes) rounds that swap blocks of 1, 2, 4… entries.
+// Two vectors in blocks of `step` lanes: a₀ b₀ a₂ b₂ … and a₁ b₁ a₃ b₃ …
 template <int step>
-static inline void swap_blocks(Floats (&square)[lanes]) {
+static inline void sort_blocks(Floats a, Floats b, Floats& even, Floats& odd) {
+#if defined(__clang__)  // has no shuffle by a vector, and makes one of these lanes
+    for (int lane = 0; lane < lanes; ++lane) {
+        even[lane] = lane & step ? b[lane - step] : a[lane];
+        odd[lane] = lane & step ? b[lane] : a[lane + step];
+    }
+#else
     Ints low, high;
     for (int lane = 0; lane < lanes; ++lane) {
         const bool second = lane & step;
         low[lane] = second ? lanes + lane - step : lane;
         high[lane] = second ? lanes + lane : lane + step;
     }
+    even = __builtin_shuffle(a, b, low), odd = __builtin_shuffle(a, b, high);
+#endif
+}
+
+// A square of lanes × lanes, rows to columns: log₂(lanes) rounds that swap blocks of 1, 2, 4… entries.
+template <int step>
+static inline void swap_blocks(Floats (&square)[lanes]) {
     for (int row = 0; row < lanes; ++row)
         if (!(row & step)) {
             const Floats a = square[row], b = square[row + step];
-            square[row] = __builtin_shuffle(a, b, low);
-            square[row + step] = __builtin_shuffle(a, b, high);
+            sort_blocks<step>(a, b, square[row], square[row + step]);
         }
 }
 
@@ -146,15 +159,10 @@ static inline void flip(Floats (&square)[lanes]) {
 // The sums over the lanes of as many vectors as there are lanes: lane n holds that of vector n.
 template <int step>
 static inline void fold_blocks(Floats (&square)[lanes]) {
-    Ints low, high;
-    for (int lane = 0; lane < lanes; ++lane) {
-        const bool second = lane & step;
-        low[lane] = second ? lanes + lane - step : lane;
-        high[lane] = second ? lanes + lane : lane + step;
-    }
     for (int row = 0; row < lanes; row += 2 * step) {
-        const Floats a = square[row], b = square[row + step];
-        square[row] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+        Floats even, odd;
+        sort_blocks<step>(square[row], square[row + step], even, odd);
+        square[row] = even + odd;
     }
 }
 
@@ -248,6 +256,8 @@ static void widen_row(const uint16_t* from, float* to, int64_t count, bool brain
                                   : _mm256_cvtph_ps(halves);
         _mm256_storeu_ps(to + d, wide);
     }
+#elif defined(FOVEATE_NEON)
+    for (; d + 4 <= count && !brain; d += 4) vst1q_f32(to + d, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + d))));
 #endif
     for (; d < count; ++d) to[d] = widen(from[d], brain);
 }
@@ -269,6 +279,8 @@ static void narrow_row(const float* from, uint16_t* to, int64_t count, bool brai
 #elif defined(FOVEATE_AVX2)
     for (; d + 8 <= count; d += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d), _mm256_cvtps_ph(_mm256_loadu_ps(from + d), 0));
+#elif defined(FOVEATE_NEON)
+    for (; d + 4 <= count; d += 4) vst1_u16(to + d, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + d))));
 #endif
     for (; d < count; ++d) to[d] = narrow(from[d], false);
 }

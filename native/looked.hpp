@@ -25,7 +25,7 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *q = room(tile * dim);
-    // For every row: base and sum of weights, sum of weight · score, the score that a new one has to exceed.
+    // For every row: base and sum of weights, sum of weight · (score − base), the score that a new one has to exceed.
     float *base = room(tile), *total = room(tile), *moment = room(tile), *least_kept = room(tile);
     float* heaviest = room(tile * top);
     int32_t* places = reinterpret_cast<int32_t*>(room(tile * top));
@@ -57,15 +57,17 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
                 const Floats old = load(base + n), risen = larger(highest, old);
                 const Floats ground = risen == spread(-INFINITY) ? Floats{} : risen;
                 const Floats shrink = power_of_two(old - ground);
+                const Floats shift = old == spread(-INFINITY) ? Floats{} : old - ground;
                 Floats sum{}, weighted{};
                 for (int64_t key = 0; key < keys; ++key) {
-                    const Floats score = load(scores + key * tile + n), weight = power_of_two(score - ground);
+                    const Floats above = load(scores + key * tile + n) - ground, weight = power_of_two(above);
                     sum += weight;
-                    weighted += weight == Floats{} ? Floats{} : weight * score;
+                    weighted += weight == Floats{} ? Floats{} : weight * above;
                 }
+                const Floats before = load(total + n);
                 store(base + n, risen);
-                store(total + n, load(total + n) * shrink + sum);
-                store(moment + n, load(moment + n) * shrink + weighted);
+                store(total + n, before * shrink + sum);
+                store(moment + n, (load(moment + n) + before * shift) * shrink + weighted);
                 if (!top || !any(highest > load(least_kept + n))) continue;
                 for (int64_t key = 0; key < keys; ++key) {
                     const Floats score = load(scores + key * tile + n);
@@ -82,24 +84,28 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
         const int64_t out = (band.batch * call.heads + band.head) * call.queries + mine.first_row;
         const float sink = sinks ? call.sinks[band.head] * log2e : -INFINITY;
         for (int64_t row = 0; row < mine.rows; ++row) {
-            const float sum = total[row], lse = sum == 0 ? -INFINITY : base[row] + log2f(sum);  // binary
-            call.lse[out + row] = lse * ln2;
-            // Σ −p · log p = lse − Σ p · score over the keys; a sink has a share of the sum and no part in this.
-            const float sunk = sinks ? exp2f(sink - lse) : 0.0f;
-            looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(((1 - sunk) * lse - moment[row] / sum) * ln2);
-            float kept = 0;
+            // All from the base, which is one of the scores, and not from the log-sum-exp, which has been rounded once more.
+            const float sum = total[row], log_sum = log2f(sum), factor = sum == 0 ? 0.0f : 1.0f / sum;
+            call.lse[out + row] = sum == 0 ? -INFINITY : (base[row] + log_sum) * ln2;
+            looked.bases[out + row] = sum == 0 ? INFINITY : base[row], looked.factors[out + row] = factor;
+            // Σ −p · log p = log sum − Σ p · (score − base) over the keys; a sink has a share of the sum and no part in this.
+            const float sunk = sinks ? exp2f(sink - base[row]) : 0.0f;
+            const float others = moment[row] - (sunk == 0 ? 0.0f : sunk * (sink - base[row]));
+            looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(((1 - sunk * factor) * log_sum - others * factor) * ln2);
+            double kept = 0;
             for (int64_t n = 0; n < top; ++n) {
                 const int64_t place = (out + row) * top + n;
-                const float weight = places[row * top + n] < 0 ? 0.0f : exp2f(heaviest[row * top + n] - lse);
+                const float weight = places[row * top + n] < 0 ? 0.0f : exp2f(heaviest[row * top + n] - base[row]) * factor;
                 looked.indices[place] = places[row * top + n], looked.weights[place] = weight;
                 kept += weight;
             }
-            looked.rest[out + row] = sum == 0 ? 0.0f : above_zero(1 - sunk - kept);
+            const bool all_kept = top && places[row * top + top - 1] < 0 && sum == sum;
+            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1 - sunk * factor - kept));
         }
     }
 }
 
-// Weights from the log-sum-exp, summed over the rows of a band for every key.
+// Weights from the bases and sums of their rows, summed over the rows of a band for every key.
 static void keys_received(const Looked& looked, const Band& band, int64_t turn, int64_t turns, char* scratch) {
     const Call& call = looked.call;
     const int64_t dim = call.dim, key_head = band.head / (call.heads / call.key_heads);
@@ -107,10 +113,11 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     const float binary = adjusted ? log2e : call.scale * log2e;
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
-    float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *lse = room(tile), *sums = room(tile * lanes);
+    float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *sums = room(tile * lanes);
+    float *bases = room(tile), *factors = room(tile);
     float* q[band_rows];
     BandColumns columns(call, band);
-    const float* all_lse = call.lse + (band.batch * call.heads + band.head) * call.queries;
+    const int64_t all = (band.batch * call.heads + band.head) * call.queries;
     for (int64_t r = 0; r < band.count; ++r) {
         const Columns& mine = columns.of[r];
         q[r] = room(tile * dim);
@@ -129,20 +136,23 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
             if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
+            for (int64_t n = 0; n < active * lanes; n += lanes)  // rounded as the bases were: the heaviest key is at its base
+                for (int64_t key = 0; key < keys; ++key) store(scores + key * tile + n, load(scores + key * tile + n) * spread(binary));
             uint64_t seen[tile];
-            const bool masked = mine.hides(seen);
-            if (masked) hide(scores, seen, keys, active);
+            if (mine.hides(seen)) hide(scores, seen, keys, active);
+            for (int64_t row = 0; row < active * lanes; ++row) {
+                const int64_t place = all + mine.first_row + row;
+                bases[row] = row < mine.rows ? looked.bases[place] : INFINITY;
+                factors[row] = row < mine.rows ? looked.factors[place] : 0.0f;
+            }
             for (int64_t n = 0; n < active * lanes; n += lanes) {
-                for (int row = 0; row < lanes; ++row) {
-                    const float own = n + row < mine.rows ? all_lse[mine.first_row + n + row] : -INFINITY;
-                    lse[row] = own == -INFINITY ? INFINITY : own * log2e;
-                }
-                const Floats ground = load(lse);
+                const Floats base = load(bases + n), factor = load(factors + n);
                 for (int64_t key = 0; key < keys; ++key) {
                     const Floats score = load(scores + key * tile + n);
-                    const Floats weight = power_of_two(score * spread(binary) - ground);
+                    const Floats weight = power_of_two(score - base) * factor;
+                    // A lane without a row, or whose row sees nothing, gives a key that is NaN no weight either.
                     float* sum = sums + key * lanes;
-                    store(sum, load(sum) + (score == spread(-INFINITY) ? Floats{} : weight));
+                    store(sum, load(sum) + (score == spread(-INFINITY) || factor == Floats{} ? Floats{} : weight));
                 }
             }
             mine.next();

@@ -1,11 +1,14 @@
 // The one file that knows Python: addresses and sizes in, nothing out. `foveate.softmax.native` checks them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -51,8 +54,9 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
     for (int n = 0; n < 4; ++n) call.bias_strides[n] = bias[n + 1];
     call.sinks = address<const float>(sinks);
     call.seed = static_cast<uint64_t>(seed);
-    call.threshold = static_cast<uint64_t>(dropout * 4294967296.0 + 0.5);
-    call.boost = static_cast<float>(1 / (1 - dropout));
+    // As Python rounds it. A rate that rounds to 1 keeps nothing: no word of 32 bits reaches that threshold.
+    call.threshold = static_cast<uint64_t>(std::nearbyint(dropout * 4294967296.0));
+    call.boost = call.threshold >> 32 ? 0.0f : static_cast<float>(1 / (1 - dropout));
     call.starts = address<const int64_t>(reach[0]), call.start = reach[1];
     call.lengths = address<const int64_t>(reach[2]), call.left = reach[3], call.right = reach[4];
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);
@@ -104,12 +108,21 @@ static void looked(const foveate::Call& call, const foveate::Kernel& kernel, int
     foveate::looked(looked, kernel, threads);
 }
 
-static std::vector<std::string> kernels() {
-    std::vector<std::string> found;
+static std::vector<std::pair<std::string, std::string>> variants() {
+    std::vector<std::pair<std::string, std::string>> found;
     const foveate::Kernel* const* known;
     const int64_t count = foveate::known_kernels(&known);
-    for (int64_t n = 0; n < count; ++n)
-        if (foveate::runs_here(*known[n])) found.emplace_back(known[n]->name);
+    for (int64_t n = 0; n < count; ++n) {
+        const char* reason = foveate::why_not_here(*known[n]);
+        found.emplace_back(known[n]->name, reason ? reason : "");
+    }
+    return found;
+}
+
+static std::vector<std::string> kernels() {
+    std::vector<std::string> found;
+    for (const auto& [name, reason] : variants())
+        if (reason.empty()) found.push_back(name);
     return found;
 }
 
@@ -131,8 +144,9 @@ NB_MODULE(_native, module) {
     module.def("ceiling", &ceiling, nb::arg("what"), nb::arg("threads"), "The most this machine can do.");
     module.def("share_threads_of", [](const std::string& library) { return foveate::share_threads_of(library.c_str()); },
                "Use the threads of an OpenMP runtime that is loaded already; whether that can be.");
+    module.def("variants", &variants, "Every kernel that was compiled, the best first, and what this machine lacks for it.");
+    module.def("chosen", [] { return std::string(kernel_of("").name); }, "The kernel that is used unless one is named.");
     module.def("kernels", &kernels, "The kernels that run on this machine, the best first.");
-    module.def("chosen", [] { return std::string(foveate::choose("")->name); }, "The one that runs where none is named.");
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));
     module.def("looked", bound(&looked));

@@ -180,30 +180,53 @@ static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool neg
         }
 }
 
-// Keys by dimension to dimension by keys: out[d · tile + key], zeros up to whole blocks.
+// Sixteen numbers of two neighbouring rows, as pairs; a row past the last one is 0.
+static inline Floats two_rows(const Call& call, const View& view, int64_t batch, int64_t head, int64_t first, int64_t place,
+                              int64_t count, int64_t d, int64_t dim, bool paged) {
+    const uint16_t* data = static_cast<const uint16_t*>(view.data);
+    const __mmask16 inside = static_cast<__mmask16>(dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1);
+    __m512i two[2];
+    for (int n = 0; n < 2; ++n) {
+        two[n] = _mm512_setzero_si512();
+        if (place + n < count)
+            two[n] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                inside, data + place_of(call, view, batch, head, first + place + n, paged) + d));
+    }
+    __m512i joined = _mm512_or_si512(two[0], _mm512_slli_epi32(two[1], 16));
+    return reinterpret_cast<Floats&>(joined);
+}
+
+// Keys by dimension to dimension by keys: out[d · tile + key], zeros past the last key.
 static void turn_pairs(const Call& call, const View& view, int64_t batch, int64_t head, int64_t first, int64_t count,
                        int64_t dim, uint16_t* out, bool paged) {
-    const uint16_t* data = static_cast<const uint16_t*>(view.data);
-    for (int64_t key = 0; key < blocks(count, 32) * 32; key += 32)
+    for (int64_t key = 0; key < tile; key += 32)
         for (int64_t d = 0; d < dim; d += 16) {
-            const __mmask16 inside = static_cast<__mmask16>(dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1);
             Floats square[lanes];
-            for (int pair = 0; pair < lanes; ++pair) {
-                __m512i two[2];
-                for (int n = 0; n < 2; ++n) {
-                    const int64_t place = key + 2 * pair + n;
-                    two[n] = _mm512_setzero_si512();
-                    if (place < count)
-                        two[n] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
-                            inside, data + place_of(call, view, batch, head, first + place, paged) + d));
-                }
-                __m512i joined = _mm512_or_si512(two[0], _mm512_slli_epi32(two[1], 16));
-                square[pair] = reinterpret_cast<Floats&>(joined);
-            }
+            for (int pair = 0; pair < lanes; ++pair)
+                square[pair] = two_rows(call, view, batch, head, first, key + 2 * pair, count, d, dim, paged);
             flip(square);
             for (int lane = 0; lane < lanes; ++lane)
                 store(reinterpret_cast<float*>(out + (d + lane) * tile + key), square[lane]);
         }
+}
+
+// Rows by dimension as pairs of rows: a chunk for every 64 numbers, in it pair p of number d at p · tile + d.
+static void weave_pairs(const Call& call, const View& view, int64_t batch, int64_t head, int64_t first, int64_t count,
+                        int64_t dim, uint32_t* out) {
+    for (int64_t d = 0; d < blocks(dim, 64) * 64; d += 16)
+        for (int64_t pair = 0; pair < tile / 2; ++pair) {
+            float* place = reinterpret_cast<float*>(out + d / 64 * (tile * tile / 2) + pair * tile + d % 64);
+            store(place, d < dim ? two_rows(call, view, batch, head, first, 2 * pair, count, d, dim, false) : Floats{});
+        }
+}
+
+// NaN and infinity become 0.
+static void clean_pairs(void* pairs, int64_t bytes) {
+    uint32_t* words = static_cast<uint32_t*>(pairs);
+    for (int64_t n = 0; n < bytes / 4; ++n) {
+        if ((words[n] & 0x7f80u) == 0x7f80u) words[n] &= 0xffff0000u;
+        if ((words[n] & 0x7f800000u) == 0x7f800000u) words[n] &= 0xffffu;
+    }
 }
 
 // Two weights of a lane as a pair, rounded to the nearest.

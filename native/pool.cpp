@@ -109,11 +109,14 @@ std::once_flag registered;
 std::mutex making;
 
 Pool& the_pool() {
+    // `making` is held across a fork, or a child could inherit it locked by a thread that it does not have.
     std::call_once(registered, [] {
-        pthread_atfork(nullptr, nullptr, [] {
-            pool = nullptr;
-            team = Team{};
-        });
+        pthread_atfork([] { making.lock(); }, [] { making.unlock(); },
+                       [] {
+                           pool = nullptr;
+                           team = Team{};
+                           making.unlock();
+                       });
     });
     std::lock_guard<std::mutex> lock(making);
     if (!pool) pool = new Pool;

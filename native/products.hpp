@@ -9,8 +9,8 @@
 constexpr int vectors = 4, counts = 6;  // 24 sums, 4 vectors of b and a broadcast, of 32 registers
 #elif defined(FOVEATE_AVX2)
 constexpr int vectors = 2, counts = 6;  // 12 + 2 + 1 of 16
-#elif defined(__aarch64__)
-constexpr int vectors = 4, counts = 6;
+#elif defined(FOVEATE_NEON)
+constexpr int vectors = 4, counts = 6;  // of 32
 #else
 constexpr int vectors = 2, counts = 4;
 #endif

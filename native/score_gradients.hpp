@@ -8,7 +8,7 @@ struct TileScratch {
 
 static int64_t score_gradient_bytes(const Call& call) {
     const int64_t widest = most(padded(call.dim), padded(call.value_dim));
-    return 4 * (4 * tile * tile + 2 * tile * widest + ready_floats(call));
+    return 4 * (5 * tile * tile + 2 * tile * widest + ready_floats(call));
 }
 
 static TileScratch tile_scratch(const Call& call, char* scratch) {
@@ -47,8 +47,9 @@ static void bias_owner(const Gradients& g, int64_t index, int64_t (&owner)[4]) {
 static void bias_gradient(const Gradients& g, int64_t index, char* scratch) {
     const Call& call = g.call;
     const TileScratch parts = tile_scratch(call, scratch);
-    float* total = reinterpret_cast<float*>(scratch + score_gradient_bytes(call)) - tile * tile;
-    memset(total, 0, sizeof(float) * tile * tile);
+    // One entry may collect from a whole matrix: in double, as the distances do.
+    double* total = reinterpret_cast<double*>(scratch + score_gradient_bytes(call)) - tile * tile;
+    memset(total, 0, sizeof(double) * tile * tile);
     int64_t owner[4];
     bias_owner(g, index, owner);
     // An axis on which one entry stands for all is gone through here; each has its place in `from` … `to`.
@@ -76,7 +77,7 @@ static void bias_gradient(const Gradients& g, int64_t index, char* scratch) {
     float* out = g.d_bias + (owner[0] * g.bias_sizes[1] + owner[1]) * g.bias_sizes[2] * g.bias_sizes[3];
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t key = 0; key < keys; ++key)
-            out[(first_row + row) * g.bias_sizes[3] + first_key + key] = total[key * tile + row];
+            out[(first_row + row) * g.bias_sizes[3] + first_key + key] = static_cast<float>(total[key * tile + row]);
 }
 
 // All tiles on one diagonal of tiles (row tile − column = diagonal), of one head: 128 sums, sums[64 + row − key].

@@ -73,25 +73,38 @@ def results(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = Tr
     return found
 
 
-def assert_within_budget(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> None:
-    """Compare `run` with the float64 reference, allowing a multiple of what plain torch loses in `dtype`.
+class Budget:
+    """What a problem may lose in `dtype`, worked out once for every implementation that is measured by it.
 
     The largest error of one draw is a noisy measure of what plain torch loses, so where one draw of q, k, v does not
     settle it, it is the largest over eight.
     """
-    rounded, _ = cast(call, dtype, gradients=False)  # the truth is about the same rounded inputs
-    truth = results(reference.run, rounded, torch.float64, gradients=gradients)
-    found = results(run, rounded, dtype, gradients=gradients)
-    losses: list[float] = [0.0] * len(truth)
-    for draw in range(8):
-        losses = [max(pair) for pair in zip(losses, _losses(rounded, draw, dtype, gradients), strict=True)]
-        complaints = [
-            _excess(name, true, mine, loss)
-            for name, true, mine, loss in zip(_names(len(truth)), truth, found, losses, strict=True)
-        ]
-        if not any(complaints):
-            return
-    raise AssertionError("; ".join(filter(None, complaints)))
+
+    def __init__(self, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> None:
+        self.call, _ = cast(call, dtype, gradients=False)  # the truth is about the same rounded inputs
+        self.dtype, self.gradients = dtype, gradients
+        self.truth = results(reference.run, self.call, torch.float64, gradients=gradients)
+        self.losses = [0.0] * len(self.truth)
+        self.draws = 0
+
+    def check(self, run: Run) -> None:
+        """Assert that `run` loses no more than the allowed multiple of what plain torch does."""
+        found = results(run, self.call, self.dtype, gradients=self.gradients)
+        while any(complaints := self._complaints(found)) and self.draws < 8:
+            more = _losses(self.call, self.draws, self.dtype, self.gradients)
+            self.losses = [max(pair) for pair in zip(self.losses, more, strict=True)]
+            self.draws += 1
+        if any(complaints):
+            raise AssertionError("; ".join(filter(None, complaints)))
+
+    def _complaints(self, found: list[Tensor | None]) -> list[str]:
+        named = zip(_names(len(self.truth)), self.truth, found, self.losses, strict=True)
+        return [_excess(name, true, mine, loss) for name, true, mine, loss in named]
+
+
+def assert_within_budget(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> None:
+    """Compare `run` with the float64 reference, allowing a multiple of what plain torch loses in `dtype`."""
+    Budget(call, dtype, gradients=gradients).check(run)
 
 
 def _names(count: int) -> list[str]:

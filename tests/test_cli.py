@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from foveate import __version__, cli
+from foveate import __version__, cli, machine
+from foveate.softmax import native
 
 TEXT = "The animal didn't cross the street because it was too tired."
 
@@ -106,6 +107,33 @@ def test_doctor_names_the_machine_and_every_implementation(
     assert code == 0
     for word in ("torch", "threads", "instruction set", "transformers", "sdpa", "flex", "chunked", "reference"):
         assert word in out
+
+
+def test_doctor_says_of_every_compiled_kernel_whether_it_runs_here_and_else_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = native._native.variants()
+    assert [name for name, lacking in variants if not lacking] == native._native.kernels()
+    code, out, _ = _main(capsys, monkeypatch, "doctor")
+    assert code == 0
+    assert f"{native._native.chosen()} (chosen)" in out
+    assert all(name in out for name, _ in variants)
+
+    # A processor with AVX2 alone; and one with a matrix unit that the system keeps to itself.
+    lacking = "the processor has no AVX-512"
+    older = [("amx", lacking), ("avx512", lacking), ("avx2", ""), ("baseline", "")]
+    monkeypatch.setattr(native._native, "variants", lambda: older)
+    monkeypatch.setattr(native._native, "chosen", lambda: "avx2")
+    kernels, unit = machine._kernels()
+    assert kernels.value == "avx2 (chosen), baseline"
+    assert kernels.hint == f"not amx, avx512: {lacking}"
+    assert unit.value == lacking
+    kept = "the system does not let this process use the matrix unit"
+    monkeypatch.setattr(native._native, "variants", lambda: [("amx", kept), ("avx512bf16", ""), ("avx512", "")])
+    monkeypatch.setattr(native._native, "chosen", lambda: "avx512")
+    kernels, unit = machine._kernels()
+    assert kernels.value == "avx512 (chosen), avx512bf16"
+    assert unit.value == kept
 
 
 def test_patterns_draws_the_gallery(

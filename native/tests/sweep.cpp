@@ -1,133 +1,129 @@
-// Every kernel against plain loops in double, over sizes around the edges of tiles, in memory of exactly the right size:
-// under AddressSanitizer a read or write outside it is an error. `make asan` runs it.
-#include <cmath>
+// Every kernel that this machine can run against plain loops in double, over sizes around the edges of tiles, in memory
+// of exactly the right size: under AddressSanitizer a read or write outside it is an error. `make asan` runs it, with as
+// many calls of each kind as its argument says.
+#include <algorithm>
 #include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
+#include <cstdlib>
 
-#include "../attention.hpp"
+#include "truth.hpp"
 
-using foveate::Call, foveate::Kernel, foveate::View, foveate::tile;
+using namespace foveate;
+using namespace foveate::tests;
 
 namespace {
 
-std::mt19937 generator(17);
+// How far a result may be off in each dtype, times the largest true one: its own rounding, and sums in float32. The
+// gradient of a bias that all pairs share is a sum of 100,000 terms of both signs.
+constexpr double allowed[] = {4e-6, 1.0 / 128, 1.0 / 1024}, allowed_backward[] = {4e-5, 1.0 / 64, 1.0 / 512};
 
-int64_t pick(const std::vector<int64_t>& choices) { return choices[generator() % choices.size()]; }
+// The larger one, or NaN if there is one.
+double worse(double a, double b) { return a != a || b != b ? NAN : std::max(a, b); }
 
-// An allocation of its own for each matrix, so that its ends are guarded; rows may be further apart than they are long.
-struct Matrix {
-    int64_t heads, length, dim, row;
-    std::unique_ptr<float[]> data;
-
-    Matrix(int64_t batch, int64_t heads, int64_t length, int64_t dim, int64_t gap)
-        : heads(heads), length(length), dim(dim), row(dim + gap), data(new float[batch * heads * length * row - gap]) {
-        std::normal_distribution<float> normal;
-        for (int64_t i = 0; i < batch * heads * length * row - gap; ++i) data[i] = normal(generator);
+template <typename Found>
+double error_of(const std::vector<Found>& found, const std::vector<double>& truth) {
+    double size = 1, worst = 0;
+    for (size_t n = 0; n < truth.size(); ++n) {
+        const double wanted = truth[n], difference = std::fabs(double(found[n]) - wanted);
+        worst = worse(worst, double(found[n]) == wanted ? 0 : difference);  // −inf is equal to itself
+        if (std::isfinite(wanted)) size = std::max(size, std::fabs(wanted));
     }
-    View view() { return {data.get(), heads * length * row, length * row, row}; }
-    float* at(int64_t batch, int64_t head, int64_t place) { return &data[((batch * heads + head) * length + place) * row]; }
-};
+    return worst / size;
+}
 
-// A causal window of `reach` keys as tiles: the summary that Python would make.
-struct Tiles {
-    std::vector<int64_t> offsets{0}, columns, partial;
-    std::vector<uint64_t> bits;
+std::vector<double> all_of(const Matrix& matrix) {
+    std::vector<double> found;
+    for (int64_t b = 0; b < matrix.batch; ++b)
+        for (int64_t h = 0; h < matrix.heads; ++h)
+            for (int64_t n = 0; n < matrix.length; ++n)
+                for (int64_t d = 0; d < matrix.dim; ++d) found.push_back(matrix.at(b, h, n, d));
+    return found;
+}
 
-    Tiles(int64_t queries, int64_t keys, int64_t reach) {
-        for (int64_t row = 0; row < queries; row += tile) {
-            for (int64_t column = 0; column < keys; column += tile) {
-                std::vector<uint64_t> words(tile, 0);
-                int64_t seen = 0, all = 0;
-                for (int64_t q = row; q < std::min(row + tile, queries); ++q)
-                    for (int64_t k = column; k < std::min(column + tile, keys); ++k, ++all)
-                        if (k <= q && q - k < reach) words[q - row] |= 1ull << (k - column), ++seen;
-                if (!seen) continue;
-                columns.push_back(column / tile);
-                partial.push_back(seen == all ? -1 : int64_t(bits.size()) / tile);
-                if (seen != all) bits.insert(bits.end(), words.begin(), words.end());
-            }
-            offsets.push_back(columns.size());
+// Two keys of nearly one weight may change places: each index has to be another key with the weight that is said.
+double index_error(const Case& in, const Results& found, const Truth& truth) {
+    double worst = 0;
+    for (size_t row = 0; row < truth.rows.size(); ++row) {
+        std::vector<char> taken(static_cast<size_t>(in.keys));
+        for (int64_t n = 0; n < in.top; ++n) {
+            const size_t at = row * size_t(in.top) + size_t(n);
+            const int64_t key = found.indices[at];
+            const bool is_a_key = key >= 0 && key < in.keys && !taken[size_t(key)];
+            if (is_a_key) taken[size_t(key)] = 1;
+            if (!is_a_key && !(key == -1 && truth.weights[at] == 0)) return NAN;
+            worst = worse(worst, std::fabs(found.weights[at] - (is_a_key ? truth.rows[row][size_t(key)] : 0)));
         }
     }
-};
-
-// The largest error of one random call.
-double one(const Kernel& kernel, int threads) {
-    const int64_t batch = pick({1, 2}), key_heads = pick({1, 2}), heads = key_heads * pick({1, 3});
-    const int64_t queries = pick({1, 2, 63, 64, 65, 130}), keys = pick({1, 5, 63, 64, 65, 129});
-    const int64_t dim = pick({1, 3, 16, 59, 64}), value_dim = pick({1, 2, 5, 6, 7, 64, 65}), reach = pick({1, 9, 1000, 0});
-    Matrix q(batch, heads, queries, dim, pick({0, 3})), k(batch, key_heads, keys, dim, pick({0, 5})),
-        v(batch, key_heads, keys, value_dim, pick({0, 2})), out(batch, heads, queries, value_dim, 0);
-    std::unique_ptr<float[]> lse(new float[batch * heads * queries]);
-    Tiles tiles(queries, keys, reach);
-    Call call{};
-    call.q = q.view(), call.k = k.view(), call.v = v.view(), call.out = out.view(), call.lse = lse.get();
-    call.batch = batch, call.heads = heads, call.key_heads = key_heads, call.queries = queries, call.keys = keys;
-    call.dim = dim, call.value_dim = value_dim, call.scale = 0.3f, call.tile_batch = call.tile_heads = 1;
-    if (reach) {
-        call.offsets = tiles.offsets.data(), call.columns = tiles.columns.data();
-        call.partial = tiles.partial.data(), call.bits = tiles.bits.data();
-    }
-    // Scores: a cap; distances, a vector of exactly the length that the header names; a bias shared by the batch rows.
-    const float cap = pick({0, 2});
-    const int64_t length = queries + keys - 1 + tile;
-    Matrix distances(1, heads, 1, length, 0), bias(1, heads, queries, keys, pick({0, 3}));
-    const bool has_distances = pick({0, 1}), has_bias = pick({0, 1});
-    call.softcap = cap;
-    if (has_distances) call.distances = distances.data.get(), call.distance_head = length;
-    if (has_bias) {
-        const View view = bias.view();
-        call.bias = bias.data.get();
-        const int64_t strides[] = {0, view.head, view.row, 1};
-        std::memcpy(call.bias_strides, strides, sizeof strides);
-    }
-    foveate::forward(call, kernel, threads);
-
-    double worst = 0;
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t row = 0; row < queries; ++row) {
-                std::vector<double> weights(keys, 0), result(value_dim, 0);
-                double total = 0;
-                for (int64_t key = 0; key < keys; ++key) {
-                    if (reach && !(key <= row && row - key < reach)) continue;
-                    double score = 0;
-                    for (int64_t d = 0; d < dim; ++d)
-                        score += double(q.at(b, h, row)[d]) * k.at(b, h / (heads / key_heads), key)[d];
-                    score *= call.scale;
-                    if (cap != 0) score = cap * std::tanh(score / cap);
-                    if (has_distances) score += distances.at(0, h, 0)[keys - 1 + row - key];
-                    if (has_bias) score += bias.at(0, h, row)[key];
-                    total += weights[key] = std::exp(score);
-                }
-                for (int64_t key = 0; key < keys; ++key)
-                    for (int64_t d = 0; d < value_dim && total > 0; ++d)
-                        result[d] += weights[key] / total * v.at(b, h / (heads / key_heads), key)[d];
-                for (int64_t d = 0; d < value_dim; ++d)
-                    worst = std::max(worst, std::fabs(result[d] - out.at(b, h, row)[d]));
-                const float sum = lse[(b * heads + h) * queries + row];
-                worst = std::max(worst, total > 0 ? std::fabs(std::log(total) - sum) : sum == -INFINITY ? 0.0 : 1e9);
-            }
     return worst;
 }
 
+double error_of(const Case& in, const Results& found, const Truth& truth) {
+    if (in.kind == Kind::backward) {
+        const double inputs = worse(error_of(found.dq, truth.dq),
+                                    worse(error_of(found.dk, truth.dk), error_of(found.dv, truth.dv)));
+        const double bias = in.wants_bias ? error_of(found.d_bias, truth.d_bias) : 0;
+        const double distances = in.wants_distances ? error_of(found.d_distances, truth.d_distances) : 0;
+        return worse(inputs, worse(bias, distances));
+    }
+    const double lse = error_of(found.lse, truth.lse);
+    if (in.kind != Kind::looked) return worse(lse, error_of(all_of(found.out), truth.out));
+    const double sums = worse(error_of(found.rest, truth.rest), error_of(found.entropy, truth.entropy));
+    const double keys = worse(error_of(found.weights, truth.weights), index_error(in, found, truth));
+    return worse(worse(lse, sums), worse(keys, error_of(found.received, truth.received)));
+}
+
+struct Score {
+    double worst[3] = {};
+    int calls[3] = {};
+};
+
 }  // namespace
 
-int main() {
-    int failures = 0;
-    for (const char* name : {"avx512", "avx2", "baseline"}) {
-        const Kernel* kernel = foveate::choose(name);
-        if (!kernel) {
-            std::printf("%s: not on this machine\n", name);
-            continue;
-        }
-        double worst = 0;
-        for (int n = 0; n < 200; ++n) worst = std::max(worst, one(*kernel, 1 + n % 3));
-        std::printf("%s: 200 calls, largest error %.2g\n", name, worst);
-        failures += !(worst < 2e-5);
+int main(int count, char** words) {
+    const int rounds = count > 1 ? std::atoi(words[1]) : 200;
+    constexpr int kinds = sizeof kind_names / sizeof *kind_names;
+    const Kernel* const* known;
+    const int64_t all = known_kernels(&known);
+    std::vector<const Kernel*> here;
+    for (int64_t n = 0; n < all; ++n) {
+        if (const char* reason = why_not_here(*known[n]))
+            std::printf("%s: %s\n", known[n]->name, reason);
+        else
+            here.push_back(known[n]);
     }
-    return failures;
+    std::vector<Score> scores(here.size() * kinds);
+    int wrong = 0;
+    for (int kind = 0; kind < kinds; ++kind)
+        for (int n = 0; n < rounds; ++n) {
+            const Case in(static_cast<Kind>(kind), uint64_t(kind) << 32 | uint64_t(n));
+            Results start(in);
+            const Truth truth(in, start);
+            for (size_t at = 0; at < here.size(); ++at) {
+                Results found(in, n % 3);
+                if (in.kind == Kind::backward) {
+                    for (int64_t b = 0; b < in.batch; ++b)
+                        for (int64_t h = 0; h < in.heads; ++h)
+                            for (int64_t row = 0; row < in.queries; ++row)
+                                for (int64_t d = 0; d < in.value_dim; ++d)
+                                    found.out.set(b, h, row, d, start.out.at(b, h, row, d));
+                    found.lse = start.lse;
+                }
+                found.run(in, *here[at], 1 + n % 3);
+                const double error = error_of(in, found, truth);
+                Score& score = scores[at * kinds + size_t(kind)];
+                score.worst[int(in.dtype)] = worse(score.worst[int(in.dtype)], error);
+                ++score.calls[int(in.dtype)];
+                if (error <= (in.kind == Kind::backward ? allowed_backward : allowed)[int(in.dtype)]) continue;
+                if (++wrong > 20) continue;
+                std::printf("WRONG by %.2g: %s, %s %d: %s\n", error, here[at]->name, kind_names[kind], n, in.text().c_str());
+            }
+        }
+    for (size_t at = 0; at < here.size(); ++at)
+        for (int kind = 0; kind < kinds; ++kind) {
+            const Score& score = scores[at * kinds + size_t(kind)];
+            std::printf("%-10s  %-12s  largest errors:", here[at]->name, kind_names[kind]);
+            for (int dtype = 0; dtype < 3; ++dtype)
+                std::printf("  %s %.2g (%d calls)", dtype_names[dtype], score.worst[dtype], score.calls[dtype]);
+            std::printf("\n");
+        }
+    return wrong ? 1 : 0;
 }

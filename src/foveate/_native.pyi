@@ -6,8 +6,11 @@ compiler: str
 def kernels() -> list[str]:
     """The kernels that run on this machine, the best first."""
 
+def variants() -> list[tuple[str, str]]:
+    """Every kernel that was compiled, the best first, and what this machine lacks for it ("" if it runs here)."""
+
 def chosen() -> str:
-    """The one that runs where none is named: not always the first, since some instructions do not pay everywhere."""
+    """The kernel that is used unless one is named."""
 
 def ceiling(what: str, threads: int) -> float:
     """The most this machine can do: GFLOP/s for "float32" and "bfloat16" (0 without instructions), GB/s for "read"."""

@@ -131,6 +131,10 @@ def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
+    if name == "sdpa" and problem.q.device.type == "cpu":
+        native = implementation("native")
+        if native.leads(problem) and not native.refuses(problem):  # type: ignore[attr-defined]
+            return ["native is at least as fast here"]
     if name == "flex" and problem.q.device.type == "cpu":
         return ["compiles at run time, so on a CPU it runs only by name"]
     return []

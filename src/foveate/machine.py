@@ -44,19 +44,30 @@ def facts() -> list[Fact]:
     else:
         built = torch.version.cuda or torch.version.hip
         found.append(Fact("gpu", "none", "" if built else "this torch was built for CPUs alone"))
-    found.append(_kernels())
+    found += _kernels()
     hint = "" if compiler else 'needed by backend="flex" on a CPU alone'
     found.append(Fact("c++ compiler", compiler or "none", hint))
     return found
 
 
-def _kernels() -> Fact:
+def _kernels() -> list[Fact]:
+    """Every variant that was compiled: the one that is used, others that run here, and why the rest do not."""
     try:
         from foveate import _native
     except ImportError:
-        return Fact("cpu kernels", "none", "not compiled: install g++ or clang++, then foveate again")
+        return [Fact("cpu kernels", "none", "not compiled: install g++ or clang++, then foveate again")]
+    variants = dict(_native.variants())
     chosen = _native.chosen()
-    return Fact("cpu kernels", ", ".join(f"{name} (chosen)" if name == chosen else name for name in _native.kernels()))
+    others = [name for name, lacking in variants.items() if not lacking and name != chosen]
+    reasons: dict[str, list[str]] = {}
+    for name, lacking in variants.items():
+        if lacking:
+            reasons.setdefault(lacking, []).append(name)
+    hint = "; ".join(f"not {', '.join(names)}: {lacking}" for lacking, names in reasons.items())
+    found = [Fact("cpu kernels", ", ".join([f"{chosen} (chosen)", *others]), hint)]
+    if "amx" in variants:
+        found.append(Fact("matrix unit", variants["amx"] or "the system lets this process use it"))
+    return found
 
 
 def packages() -> list[Fact]:

@@ -17,6 +17,7 @@ from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.values import describe, integers
 
+_FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -189,4 +190,6 @@ def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int 
         return query_start
     if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
         raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or an integer tensor [batch]")
+    if isinstance(query_start, int) and abs(query_start) > _FURTHEST:
+        raise InvalidInput(f"query_start is {query_start}: wanted a position between −2⁶¹ and 2⁶¹")
     return query_start

@@ -6,6 +6,7 @@ heads without a repeated k or v, any strides with a unit last one. `native/` hol
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ if _native is not None:
 TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
+_FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -82,6 +84,41 @@ class _Arguments(NamedTuple):
     threads: int
 
 
+def leads(problem: Problem) -> bool:
+    """Whether these kernels take no longer than PyTorch's fused one, as measured: docs/benchmarks.md.
+
+    A short call is overhead, and memory limits one query against many keys: there PyTorch keeps its place.
+    """
+    if _native is None:
+        return False
+    dtype, trains = problem.q.dtype, problem.needs_gradient
+    if dtype == torch.bfloat16 and not _has_pairs():
+        return False
+    if torch.compiler.is_compiling():  # a graph serves every length
+        return True
+    batch, heads, queries, keys = problem.shape
+    dim = problem.q.shape[3]
+    if batch * heads * queries * keys * dim < _SHORT:
+        return False
+    if queries <= _DECODING:
+        return dtype == torch.float16 or (problem.group > 1 and keys >= _LONG)
+    if dtype == torch.float32:
+        return queries >= TILE
+    if dtype == torch.bfloat16:
+        return trains or dim < 128 or (dim == 128 and queries >= 512)
+    return True
+
+
+# The limits that `leads` names: products in a call, queries of decoding, and keys from which grouped heads gain by it.
+_SHORT, _DECODING, _LONG = 1 << 23, 4, 2048
+
+
+@functools.cache
+def _has_pairs() -> bool:
+    """Whether the kernel of this machine multiplies bfloat16 as it is."""
+    return bool(_native.kernels()[0] in ("amx", "avx512bf16"))
+
+
 def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
@@ -110,7 +147,7 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     held: Sequence[Tensor] = ()
     if simple is not None:
         pattern, lengths = "", simple.lengths
-        left, right = (_NO_LIMIT if side is None else side for side in (simple.left, simple.right))
+        left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
@@ -126,7 +163,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> None:
         batch, heads, queries, dim = q.shape
         keys = k.shape[2] if pages is None else pages.capacity
-        self.alive = [_readable(x) for x in (q, k, v)]
+        self.alive = [_readable(q), _readable(k), _readable(v)]
         self.sizes = (batch, heads, k.shape[1], queries, keys, dim, v.shape[3])
         self.dtype = _DTYPES[q.dtype]
         self.given = given
@@ -194,7 +231,7 @@ class _Call:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> tuple[Tensor, Tensor]:
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
@@ -210,7 +247,7 @@ def _backward(
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix.
     d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
-    if q.numel() and k.numel() and out.numel():
+    if lse.numel():
         call = _Call(q, k, v, given)
         d_out, out = _readable(d_out), _readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
@@ -318,7 +355,7 @@ _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, 
 
 
 class Pages(NamedTuple):
-    """Keys and values in pages `[pages, key heads, size, dim]`: page table[b, i] has row b's keys from i · size."""
+    """Keys and values in pages `[pages, key heads, size, dim]`; page table[b, i] has row b's keys from i · size on."""
 
     key_pages: Tensor
     value_pages: Tensor
@@ -352,7 +389,7 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     weights = torch.empty(batch, heads, queries, top)
     rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
     received = torch.zeros(batch, heads, keys)
-    if indices.numel():
+    if lse.numel():
         call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
         out = problem.q  # nothing is written there
         _native.looked(
