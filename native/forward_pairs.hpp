@@ -2,39 +2,59 @@
 // they mean; weights are rounded to bfloat16 on their way to the values, their sum is taken before.
 #if defined(FOVEATE_PAIRS)
 
-// Scores become pairs of weights for `wide` vectors of rows; whether any sum so far has to shrink.
+// Pairs of weights for `wide` vectors of rows over their bases, and what they sum to; raw maxima on the way.
 template <int wide>
-static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
-    Floats top[wide], base[wide], sum[wide];
+static inline void pairs_over(const float* scores, int64_t keys, float binary, const Floats (&base)[wide], Floats (&sum)[wide],
+                              Floats (&top)[wide], uint32_t* pairs) {
     for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
-    for (int64_t key = 0; key < keys; ++key)
-        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
-    Ints raised{};
-    for (int n = 0; n < wide; ++n) {
-        const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
-        const Ints above = new_top > old + spread(slack);
-        const Floats risen = above ? new_top : old;
-        raised |= above;
-        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
-        store(state.base + n * lanes, risen);
-    }
     int64_t key = 0;
     for (; key + 2 <= keys; key += 2)
         for (int n = 0; n < wide; ++n) {
             const float* place = scores + key * tile + n * lanes;
-            const Floats one = power_of_two<true>(load(place) * spread(binary) - base[n]);
-            const Floats two = power_of_two<true>(load(place + tile) * spread(binary) - base[n]);
+            const Floats first = load(place), second = load(place + tile);
+            top[n] = larger(second, larger(first, top[n]));
+            const Floats one = power_of_two<true>(first * spread(binary) - base[n]);
+            const Floats two = power_of_two<true>(second * spread(binary) - base[n]);
             sum[n] += one + two;
             store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, two));
         }
     for (; key < blocks(keys, 32) * 32; key += 2)
         for (int n = 0; n < wide; ++n) {
-            const float* place = scores + key * tile + n * lanes;
-            const Floats one = key < keys ? power_of_two<true>(load(place) * spread(binary) - base[n]) : Floats{};
+            const Floats last = key < keys ? load(scores + key * tile + n * lanes) : spread(-INFINITY);
+            top[n] = larger(last, top[n]);
+            const Floats one = power_of_two<true>(last * spread(binary) - base[n]);
             sum[n] += one;
             store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, Floats{}));
         }
+}
+
+// Scores become pairs of weights; whether any sum so far has to shrink. Bases hold for most tiles, so weights are made
+// with the old ones first, and again where a score stands too far above.
+template <int wide>
+static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
+    Floats top[wide], base[wide], sum[wide];
+    Ints raised{}, unset{};
+    for (int n = 0; n < wide; ++n) {
+        base[n] = load(state.base + n * lanes);
+        unset |= base[n] == spread(-INFINITY);
+    }
+    if (any(unset)) {  // no base yet: only the maxima count
+        for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY);
+        for (int64_t key = 0; key < keys; ++key)
+            for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
+    } else {
+        pairs_over<wide>(scores, keys, binary, base, sum, top, pairs);
+    }
+    for (int n = 0; n < wide; ++n) {
+        const Floats old = base[n], highest = top[n] * spread(binary);
+        const Ints above = highest > old + spread(slack);
+        const Floats risen = above ? highest : old;
+        raised |= above;
+        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
+        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
+        store(state.base + n * lanes, risen);
+    }
+    if (any(raised) || any(unset)) pairs_over<wide>(scores, keys, binary, base, sum, top, pairs);
     for (int n = 0; n < wide; ++n) {
         float* total = state.total + n * lanes;
         store(total, load(total) * load(shrink + n * lanes) + sum[n]);

@@ -75,7 +75,19 @@ def _by_kernels(problem: Problem, k: int) -> Looked:
             queries, keys, query_start=problem.query_start, batch=batch, heads=heads, tile=native.TILE
         )
         watchers = summary.watchers().expand(batch, heads, keys)
-    return Looked(indices.clamp(min=0), weights, rest, received, watchers, lse, entropy)
+    return Looked(_filled(indices, keys), weights, rest, received, watchers, lse, entropy)
+
+
+def _filled(indices: Tensor, keys: int) -> Tensor:
+    """Where fewer keys were visible than asked for (index −1), the first keys that are not listed: their weight is 0."""
+    missing = indices < 0
+    if not bool(missing.any()):
+        return indices
+    few = min(2 * indices.shape[3], keys)
+    listed = torch.zeros(*indices.shape[:3], few + 1, dtype=torch.int8)
+    listed.scatter_(3, indices.where(~missing & (indices < few), few), 1)
+    free = listed[..., :few].argsort(dim=3, stable=True)
+    return free.gather(3, (missing.cumsum(3) - 1).clamp(min=0)).where(missing, indices)
 
 
 def _by_rows_of_weights(problem: Problem, k: int) -> Looked:

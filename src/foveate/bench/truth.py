@@ -53,10 +53,9 @@ class Truth:
         shares, true_lse = self.wanted
         bound, lse_bound = self.allowed
         top = shares.topk(TOP, -1).values
-        listed = shares.gather(-1, indices).where(weights != 0, 0)  # a row that sees fewer keys lists 0 for the rest
         return (
             _off("the largest weights", weights, top, bound)
-            or _off("the weights at the listed keys", weights, listed, bound)
+            or _off("the weights at the listed keys", weights, shares.gather(-1, indices), bound)
             or _off("the weight not listed", rest, 1 - top.sum(-1), TOP * bound)
             # A sum over all rows: each adds its own error.
             or _off("the weight received", received, shares.sum(2), bound * math.sqrt(shares.shape[2]))
