@@ -79,7 +79,7 @@ def _by_kernels(problem: Problem, k: int) -> Looked:
 
 
 def _filled(indices: Tensor, keys: int) -> Tensor:
-    """Where fewer keys were visible than asked for (index −1), the first keys that are not listed: their weight is 0."""
+    """Where fewer keys were visible than asked for (index −1), the first keys that are not listed: they weigh 0."""
     missing = indices < 0
     if not bool(missing.any()):
         return indices
