@@ -15,7 +15,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check asan tsan aarch64 bench docs clean
+.PHONY: help demo test test-all test-timm check asan tsan aarch64 bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,10 @@ test: $(VENV)/.dev ## run the tests, in about three minutes
 
 test-all: $(VENV)/.dev ## run the slow tests too
 	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+test-timm: $(VENV)/.dev ## test timm's models, apart: the torchvision that timm needs breaks transformers beside a torch for CPUs alone
+	@$(BIN)/python -m pip install -qq --no-deps --upgrade --target build/timm -c constraints.txt timm torchvision
+	@PYTHONPATH=build/timm $(BIN)/python -m pytest tests/test_timm.py $(ARGS)
 
 check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
 	$(BIN)/ruff check

@@ -70,6 +70,11 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "n·c/2",
         "",
     ),
+    "neighborhood(2, 4)": (
+        "A window in two dimensions: on a picture of 4 columns, read row by row, at most 1 row and 1 column away.",
+        "n·(2w − 1)²",
+        "[Ramachandran et al. 2019](https://arxiv.org/abs/1906.05909)",
+    ),
     "prefix(5)": ("The first 5 keys, for every query.", "n·p", ""),
     "causal | prefix(5)": (
         "A prefix language model: the prompt sees itself in both directions, the rest is causal.",

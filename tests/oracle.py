@@ -73,6 +73,17 @@ CASES: dict[str, Case] = {
     "window(right)": Case(lambda n, m: fv.window(right=0), lambda b, h, i, q, k, m: k <= q),
     "window(step)": Case(lambda n, m: fv.window(left=5, right=4, step=3), lambda b, h, i, q, k, m: q - k in (-3, 0, 3)),
     "chunks(3)": Case(lambda n, m: fv.chunks(3), lambda b, h, i, q, k, m: q // 3 == k // 3),
+    "neighborhood": Case(
+        lambda n, m: fv.neighborhood(2, 3),
+        lambda b, h, i, q, k, m: q >= 0 and abs(q // 3 - k // 3) <= 1 and abs(q % 3 - k % 3) <= 1,
+    ),
+    "neighborhood(start)": Case(
+        lambda n, m: fv.neighborhood(1, 2, start=3) | fv.neighborhood(3, 4, start=1),
+        lambda b, h, i, q, k, m: (
+            q == k >= 3
+            or (min(q, k) >= 1 and abs((q - 1) // 4 - (k - 1) // 4) <= 2 and abs((q - 1) % 4 - (k - 1) % 4) <= 2)
+        ),
+    ),
     "prefix(2)": Case(lambda n, m: fv.prefix(2), lambda b, h, i, q, k, m: k < 2),
     "prefix(0)": Case(lambda n, m: fv.prefix(0), lambda b, h, i, q, k, m: False),
     "prefix(tensor)": Case(lambda n, m: fv.prefix(torch.tensor([1, 4])), lambda b, h, i, q, k, m: k < (1, 4)[b]),

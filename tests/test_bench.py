@@ -177,26 +177,26 @@ def test_contestants_take_turns_and_the_median_counts(monkeypatch: pytest.Monkey
     order: list[str] = []
     turns = {name: (lambda name=name: order.append(name) or ()) for name in "ab"}
     monkeypatch.setattr(measuring, "_TURN", 0.0)
-    measuring._medians(turns, 0.0)
+    measuring.medians(turns, 0.0)
     assert order == ["a", "a", "b", "b", *["a", "b"] * 5]  # twice to warm up and to see how long one takes
 
 
-def _verdict(claim: Claim, mine: list[float], peer: list[float], again: float = 1.0) -> Verdict:
+def verdict(claim: Claim, mine: list[float], peer: list[float], again: float = 1.0) -> Verdict:
     figures = {"native": Figure(runs=mine, middle=mine[0]), "auto": Figure(runs=mine, middle=mine[0])}
-    return measuring._verdict(claim, figures | {"sdpa": Figure(runs=peer, middle=peer[0])}, again)
+    return measuring.verdict(claim, figures | {"sdpa": Figure(runs=peer, middle=peer[0])}, again)
 
 
 def test_of_all_runs_the_worst_counts() -> None:
-    found = _verdict(Claim("native", "sdpa", 2.0, aim=2.4), [1.0, 1.0, 1.0], [3.0, 1.9, 2.5])
+    found = verdict(Claim("native", "sdpa", 2.0, aim=2.4), [1.0, 1.0, 1.0], [3.0, 1.9, 2.5])
     assert (found.runs, found.worst, found.met, found.aim_met) == ([3.0, 1.9, 2.5], 1.9, False, False)
-    assert _verdict(Claim("native", "sdpa", 1.9), [1.0, 1.0], [3.0, 1.9]).met
+    assert verdict(Claim("native", "sdpa", 1.9), [1.0, 1.0], [3.0, 1.9]).met
 
 
 def test_never_behind_forgives_the_noise_and_no_more() -> None:
     claim = Claim("auto", "sdpa", 1.0, never_behind=True)
-    assert not _verdict(claim, [1.0], [0.98]).met
-    assert _verdict(claim, [1.0], [0.98], again=1.03).met
-    assert not _verdict(claim, [1.0], [0.9], again=2.0).met
+    assert not verdict(claim, [1.0], [0.98]).met
+    assert verdict(claim, [1.0], [0.98], again=1.03).met
+    assert not verdict(claim, [1.0], [0.9], again=2.0).met
 
 
 def test_memory_is_what_a_call_needs_beside_what_it_returns() -> None:
@@ -257,7 +257,7 @@ def _stored(folder: Path, ratio: float) -> Path:
     """Results of one row in which native is so many times faster than SDPA."""
     row = replace(_row(CAUSAL), contestants=("native", "sdpa"), claims=(Claim("native", "sdpa", 2.0),))
     figures = {"native": Figure(runs=[1.0], middle=1.0), "sdpa": Figure(runs=[ratio], middle=ratio)}
-    found = replace(_measure(row), figures=figures, claims=[measuring._verdict(row.claims[0], figures, 1.0)])
+    found = replace(_measure(row), figures=figures, claims=[measuring.verdict(row.claims[0], figures, 1.0)])
     from foveate.bench.about import about
 
     path = folder / f"{ratio}.json"

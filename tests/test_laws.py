@@ -27,6 +27,7 @@ PATTERNS = {
     "causal window": fv.causal & fv.window(17),
     "dilated": fv.window(5, step=3),
     "chunks": fv.causal & fv.chunks(37),
+    "neighborhood": fv.neighborhood(3, 11, start=2) | fv.global_tokens([0]),
     "prefix": fv.causal | fv.prefix(23),
     "documents": fv.causal & fv.documents(_ids()),
     "packed": fv.documents(cu_seqlens=torch.tensor([0, 41, 97, 131])),

@@ -27,7 +27,7 @@ _HOME = {
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
-        "padding", "prefix", "random_blocks", "rule", "streaming", "window",
+        "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming", "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         from_mask,
         global_tokens,
         longformer,
+        neighborhood,
         padding,
         prefix,
         random_blocks,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from foveate.errors import FoveateError, InvalidInput
 
 if TYPE_CHECKING:
-    from foveate.bench.results import Results
+    from foveate.bench.models import ModelRow
+    from foveate.bench.results import Measured, Results
+    from foveate.bench.rows import Row
+
+    _Row = TypeVar("_Row", Row, ModelRow)
 
 try:
     import typer
@@ -186,30 +191,63 @@ _Out = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
 _Compare = Annotated[Path | None, typer.Option(help="Earlier results (.json): show what changed.")]
 
+_Only = Annotated[str | None, typer.Option(metavar="TEXT", help="Only rows with this text in their name or section.")]
+_Runs = Annotated[int, typer.Option(help="How often each row is measured; the worst counts.", min=1)]
+
 
 @bench.command("softmax")
 def bench_softmax(
     json: _Json = False,
     out: _Out = None,
     compare: _Compare = None,
-    only: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Only rows with this text in their name or section.")
-    ] = None,
-    runs: Annotated[int, typer.Option(help="How often each row is measured; the worst counts.", min=1)] = 3,
+    only: _Only = None,
+    runs: _Runs = 3,
     quick: Annotated[bool, typer.Option(help="Short shapes and no compiler: to test the benchmark.")] = False,
 ) -> None:
     """Softmax attention beside PyTorch's SDPA, FlexAttention and others, each checked before it is timed."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from foveate.bench.about import about, ceilings
     from foveate.bench.measuring import measure
+    from foveate.bench.results import Results
+    from foveate.bench.tables import chosen, softmax
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(softmax(quick=quick), only)
+    tops = ceilings(row.ceiling for row in rows if not row.weighs_memory)
+    left_out = {"flex": "left out by --quick: it compiles for half a minute"} if quick else {}
+    measured = _in_turn(
+        rows,
+        lambda row: measure(row, runs=runs, ceilings=tops, seconds=0.01 if quick else 0.5, left_out=left_out),
+    )
+    _deliver(Results(about(tops, quick=quick, runs=runs), measured), paths, json=json, old=old)
+
+
+@bench.command("models")
+def bench_models(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: _Only = None,
+    runs: _Runs = 3,
+    quick: Annotated[bool, typer.Option(help="Tiny models: to test the benchmark.")] = False,
+) -> None:
+    """Whole models of Hugging Face, with their own attention and with ours, each checked before it is timed."""
+    from foveate.bench.about import about
+    from foveate.bench.modelling import measure_model
+    from foveate.bench.models import table
     from foveate.bench.results import Results
     from foveate.bench.tables import chosen
 
     paths, old = _checked_outputs(out, compare, json=json)
-    rows = chosen(only, quick=quick)
-    errors = Console(stderr=True)
+    rows = chosen(table(quick=quick), only)
+    measured = _in_turn(rows, lambda row: measure_model(row, runs=runs, seconds=0.01 if quick else 2.0))
+    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
+
+
+def _in_turn(rows: list[_Row], measure: Callable[[_Row], Measured]) -> list[Measured]:
+    """Measure row after row, under a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -217,17 +255,13 @@ def bench_softmax(
         TextColumn("{task.fields[row]}"),
     )
     measured = []
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rows), row="the ceilings of this machine")
-        tops = ceilings(row.ceiling for row in rows if not row.weighs_memory)
-        facts = about(tops, quick=quick, runs=runs)
-        left_out = {"flex": "left out by --quick: it compiles for half a minute"} if quick else {}
-        seconds = 0.01 if quick else 0.5
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(rows), row="")
         for row in rows:
             progress.update(task, row=row.name)
-            measured.append(measure(row, runs=runs, ceilings=tops, seconds=seconds, left_out=left_out))
+            measured.append(measure(row))
             progress.advance(task)
-    _deliver(Results(facts, measured), paths, json=json, old=old)
+    return measured
 
 
 @bench.command("show")

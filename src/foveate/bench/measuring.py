@@ -52,7 +52,7 @@ def measure(
     return Measured(
         row.section, row.name, row.work, str(row.dtype).removeprefix("torch."), row.batch, row.heads, row.key_heads,
         row.queries, row.keys, row.dim, None if row.pattern is None else repr(row.pattern), density, row.sweep,
-        figures, [_verdict(claim, figures, again) for claim in row.claims], again,
+        figures, [verdict(claim, figures, again) for claim in row.claims], again,
     )  # fmt: skip
 
 
@@ -87,20 +87,21 @@ def _figures(
             turns[name] = turn
         if not turns:
             return figures, None
-        peer = _first_peer(turns)
+        peer = first_peer(turns)
         turns[AGAIN] = turns[peer]
-        medians = [_medians(turns, seconds) for _ in range(runs)]
+        found = [medians(turns, seconds) for _ in range(runs)]
     for name in turns.keys() - {AGAIN}:
-        figures[name] = _figure(row, name, [run[name] for run in medians], ceilings, density)
-    again = max(max(run[peer] / run[AGAIN], run[AGAIN] / run[peer]) for run in medians)
-    return {name: figures[name] for name in row.contestants}, _round(again)
+        figures[name] = _figure(row, name, [run[name] for run in found], ceilings, density)
+    again = max(max(run[peer] / run[AGAIN], run[AGAIN] / run[peer]) for run in found)
+    return {name: figures[name] for name in row.contestants}, rounded(again)
 
 
-def _first_peer(turns: Mapping[str, Turn]) -> str:
+def first_peer(turns: Mapping[str, Turn]) -> str:
+    """The contestant that is timed twice: the first peer, or whoever is there."""
     return next((name for name in PEERS if name in turns), next(iter(turns)))
 
 
-def _medians(turns: Mapping[str, Turn], seconds: float) -> dict[str, float]:
+def medians(turns: Mapping[str, Turn], seconds: float) -> dict[str, float]:
     """The median seconds of one call of each contestant."""
     calls, slowest = {}, 0.0
     for name, turn in turns.items():
@@ -133,13 +134,13 @@ def _figure(row: Row, name: str, found: list[float], ceilings: Mapping[str, floa
     middle = statistics.median(found)
     gflops = gbytes = percent = None
     if row.work == "decode":
-        gbytes = _round(row.key_value_bytes() / middle / 1e9)
+        gbytes = rounded(row.key_value_bytes() / middle / 1e9)
     elif name != "looked":  # which does more than these operations
-        gflops = _round(row.operations(density) / middle / 1e9)
+        gflops = rounded(row.operations(density) / middle / 1e9)
     reached, top = gbytes or gflops, ceilings.get(row.ceiling)
     if reached and top:
-        percent = _round(100 * reached / top)
-    return Figure("ms", [_round(1e3 * run) for run in found], _round(1e3 * middle), gflops, gbytes, percent)
+        percent = rounded(100 * reached / top)
+    return Figure("ms", [rounded(1e3 * run) for run in found], rounded(1e3 * middle), gflops, gbytes, percent)
 
 
 def _memory(row: Row, name: str, runs: int) -> Figure:
@@ -151,20 +152,20 @@ def _memory(row: Row, name: str, runs: int) -> Figure:
             return Figure("MB", refused=str(refusal))
         if complaint:
             return Figure("MB", refused=f"wrong: {complaint}", wrong=True)
-        found.append(_round(grown))
-    return Figure("MB", found, _round(statistics.median(found)))
+        found.append(rounded(grown))
+    return Figure("MB", found, rounded(statistics.median(found)))
 
 
-def _verdict(claim: Claim, figures: Mapping[str, Figure], again: float | None) -> Verdict:
+def verdict(claim: Claim, figures: Mapping[str, Figure], again: float | None) -> Verdict:
     """The claim beside what came out: missed if ours has no figure, unknown if the peer has none."""
     mine, peer = figures[claim.contestant], figures.get(claim.against)
     runs: list[float] = []
     if claim.against == "memory":
         runs = mine.runs
     elif claim.against == "ceiling" and mine.percent is not None and mine.middle:
-        runs = [_round(mine.percent * mine.middle / run) for run in mine.runs]
+        runs = [rounded(mine.percent * mine.middle / run) for run in mine.runs]
     elif peer is not None:
-        runs = [_round(theirs / ours) for theirs, ours in zip(peer.runs, mine.runs, strict=False)]
+        runs = [rounded(theirs / ours) for theirs, ours in zip(peer.runs, mine.runs, strict=False)]
     worst = None if not runs else max(runs) if claim.bound == "at most" else min(runs)
     slack = min(again, 1 + _NOISE) if claim.never_behind and again is not None else 1.0
 
@@ -175,13 +176,13 @@ def _verdict(claim: Claim, figures: Mapping[str, Figure], again: float | None) -
             return False if mine.refused else None
         return worst <= wanted if claim.bound == "at most" else worst * slack >= wanted
 
-    target = None if claim.target is None else _round(claim.target)
+    target = None if claim.target is None else rounded(claim.target)
     return Verdict(
         claim.contestant, claim.against, claim.unit, claim.bound, target, claim.aim, runs, worst,
         reached(claim.target), reached(claim.aim),
     )  # fmt: skip
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
     """Four digits: more than the noise leaves."""
     return float(f"{value:.4g}")

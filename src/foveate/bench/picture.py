@@ -115,9 +115,8 @@ def _bars(axes: Axes, sections: Sequence[tuple[str, list[tuple[Measured, Verdict
 
 def _bar(axes: Axes, y: float, row: Measured, claim: Verdict) -> None:
     """A bar from 1 to the ratio, so that slower points to the left; the number behind its end."""
-    axes.text(
-        -0.015, y, claim.against, transform=axes.get_yaxis_transform(), ha="right", va="center", size=8, color=QUIET
-    )
+    against = f"accelerate, {claim.against}" if claim.contestant == "accelerate" else claim.against
+    axes.text(-0.015, y, against, transform=axes.get_yaxis_transform(), ha="right", va="center", size=8, color=QUIET)
     reached = claim.aim_met if claim.target is None else claim.met
     if claim.worst is None:
         why = "no figure" if row.figures[claim.contestant].refused else f"no figure of {claim.against}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 
+from foveate.bench.models import ModelRow
 from foveate.bench.rows import Claim, Row, Work
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import bigbird, causal, chunks, longformer, window
 
+_Row = TypeVar("_Row", Row, ModelRow)
 _F32, _BF16 = torch.float32, torch.bfloat16
 _SHRINK = 32  # how much shorter everything is in the quick table, which tests the benchmark and nothing else
 _NEVER_BEHIND = Claim("auto", "sdpa", 1.0, never_behind=True)
@@ -25,9 +28,8 @@ def softmax(*, quick: bool = False) -> list[Row]:
     ]  # fmt: skip
 
 
-def chosen(only: str | None, *, quick: bool = False) -> list[Row]:
-    """The rows of `softmax` whose section or name holds a text; raises `InvalidInput` where none does."""
-    rows = softmax(quick=quick)
+def chosen(rows: list[_Row], only: str | None) -> list[_Row]:
+    """The rows of a table whose section or name holds a text; raises `InvalidInput` where none does."""
     if only is None:
         return rows
     found = [row for row in rows if only.lower() in f"{row.section}: {row.name}".lower()]

@@ -10,6 +10,7 @@ from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.blocked import blocks, blockwise, random_blocks
 from foveate.pattern.given import from_mask, rule
+from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
 from foveate.pattern.positional import causal, chunks, global_tokens, prefix, window
 from foveate.values import Held, read, whole
@@ -56,6 +57,7 @@ NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "window": window,
     "prefix": prefix,
     "chunks": chunks,
+    "neighborhood": neighborhood,
     "documents": documents,
     "padding": padding,
     "global_tokens": global_tokens,
@@ -85,6 +87,7 @@ __all__ = [
     "from_mask",
     "global_tokens",
     "longformer",
+    "neighborhood",
     "padding",
     "parse",
     "prefix",

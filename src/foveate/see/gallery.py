@@ -24,6 +24,7 @@ def gallery() -> list[Example]:
         ("window(left=5, right=1)", fv.window(left=5, right=1)),
         ("chunks(4)", fv.chunks(4)),
         ("causal & chunks(4)", fv.causal & fv.chunks(4)),
+        ("neighborhood(2, 4)", fv.neighborhood(2, 4)),
         ("prefix(5)", fv.prefix(5)),
         ("causal | prefix(5)", fv.causal | fv.prefix(5)),
         ("documents(ids)", fv.documents(ids)),

@@ -1,0 +1,151 @@
+"""The table of whole models, as data: Hugging Face's own attention beside ours.
+
+A row's contestants are one model of random weights several times, with the same weights in the same memory:
+
+- eager, sdpa: as transformers computes it by itself
+- foveate: `attn_implementation="foveate"`
+- accelerate: "sdpa" under `foveate.accelerate()`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foveate.bench.rows import Claim
+
+EVERYONE = ("foveate", "accelerate", "sdpa", "eager")
+_F32, _BF16 = torch.float32, torch.bfloat16
+_SHRINK = 32  # of lengths in the quick table, whose models have one narrow layer
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A model, what it has to do, and how ours has to stand against another.
+
+    `config` is what its configuration is made of, `turn(model, inputs)` one piece of its work, `sizes` batch, heads,
+    key heads, queries, keys and head size.
+    """
+
+    section: str
+    name: str
+    work: str
+    model: str
+    config: Mapping[str, Any]
+    sizes: tuple[int, int, int, int, int, int]
+    claims: tuple[Claim, ...]
+    dtype: torch.dtype = _F32
+    contestants: tuple[str, ...] = EVERYONE
+    pattern: str | None = None
+    weights_from: tuple[int, ...] = ()
+
+
+def table(*, quick: bool = False) -> list[ModelRow]:
+    """Prefill, decoding, windows, encoders, pictures, a training step, and weights that somebody asked for."""
+    shrink = _SHRINK if quick else 1
+    return [
+        *_prefill(shrink), *_decoding(shrink), *_windows(shrink), *_encoders(shrink), *_pictures(shrink),
+        *_training(shrink), *_weights(shrink),
+    ]  # fmt: skip
+
+
+def _claims(target: float) -> tuple[Claim, ...]:
+    return Claim("foveate", "sdpa", target), Claim("accelerate", "sdpa", 1.0, never_behind=True)
+
+
+def _llama(shrink: int) -> dict[str, Any]:
+    """94 million parameters."""
+    width = 1024 if shrink == 1 else 64
+    return {
+        "hidden_size": width, "intermediate_size": 2816 if shrink == 1 else 96, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "num_hidden_layers": 8 if shrink == 1 else 1, "vocab_size": 4096,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+def _prefill(shrink: int) -> Iterator[ModelRow]:
+    n, config = 4096 // shrink, _llama(shrink)
+    for dtype, kind in ((_F32, "fp32"), (_BF16, "bf16")):
+        yield ModelRow(
+            "prefill", f"Llama shape {kind}, prefill {n}", "prefill", "LlamaForCausalLM", config,
+            (1, 16, 4, n, n, config["hidden_size"] // 16), _claims(1.0), dtype, pattern="causal",
+        )  # fmt: skip
+        yield ModelRow(
+            "prefill", f"Llama shape {kind}, prefill {n}, attention alone", "attention", "LlamaForCausalLM", config,
+            (1, 16, 4, n, n, config["hidden_size"] // 16), _claims(1.5), dtype, pattern="causal",
+        )  # fmt: skip
+
+
+def _decoding(shrink: int) -> Iterator[ModelRow]:
+    config, tokens = _llama(shrink), 128 // shrink
+    for dtype, kind in ((_F32, "fp32"), (_BF16, "bf16")):
+        for length, target in ((4096, 1.2), (16384, 2.0)):
+            n = length // shrink
+            yield ModelRow(
+                "decoding", f"Llama shape {kind}, {tokens} tokens after {n}", "decoding", "LlamaForCausalLM", config,
+                (1, 16, 4, tokens, n + tokens, config["hidden_size"] // 16), _claims(target), dtype, pattern="causal",
+            )  # fmt: skip
+
+
+def _windows(shrink: int) -> Iterator[ModelRow]:
+    n, width = 8192 // shrink, 512 // shrink
+    config = {**_llama(shrink), "sliding_window": width}
+    yield ModelRow(
+        "windows", f"Mistral shape fp32, window {width}, prefill {n}", "prefill", "MistralForCausalLM", config,
+        (1, 16, 4, n, n, config["hidden_size"] // 16), _claims(2.0), contestants=("foveate", "accelerate", "sdpa"),
+        pattern=f"causal & window({width})",
+    )  # fmt: skip
+
+
+def _bert(shrink: int, length: int) -> dict[str, Any]:
+    small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99}
+    return {"max_position_embeddings": max(512, length), **({} if shrink == 1 else small)}
+
+
+def _encoders(shrink: int) -> Iterator[ModelRow]:
+    for batch, length, target in ((32, 128, 0.98), (4, 512, 1.1)):
+        n = length // shrink
+        yield ModelRow(
+            "encoders", f"BERT-base fp32, {batch} × {n}, lengths of 25 to 100 %", "forward", "BertModel",
+            _bert(shrink, n), (batch, 12, 12, n, n, 64 if shrink == 1 else 4), _claims(target), pattern="padding",
+        )  # fmt: skip
+
+
+def _pictures(shrink: int) -> Iterator[ModelRow]:
+    side = 224 if shrink == 1 else 32
+    config = {"image_size": side}
+    if shrink > 1:
+        config |= {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1}
+    n = (side // 16) ** 2 + 1
+    yield ModelRow(
+        "pictures", "ViT-B/16 fp32, batch 8", "forward", "ViTModel", config,
+        (8, 12, 12, n, n, 64 if shrink == 1 else 4), _claims(0.98),
+    )  # fmt: skip
+
+
+def _training(shrink: int) -> Iterator[ModelRow]:
+    """25 million parameters, no dropout; AdamW steps at a rate of 0, so that every turn finds the same model."""
+    width = 512 if shrink == 1 else 32
+    for length, target in ((1024, 1.02), (4096, 1.2)):
+        n = length // shrink
+        config = {
+            "n_embd": width, "n_layer": 6 if shrink == 1 else 1, "n_head": 8, "vocab_size": 8192 if shrink == 1 else 99,
+            "n_positions": 4096, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "bos_token_id": None, "eos_token_id": None,
+        }  # fmt: skip
+        yield ModelRow(
+            "training", f"GPT of 25M fp32, a training step at {n}", "training", "GPT2LMHeadModel", config,
+            (1, 8, 8, n, n, width // 8), _claims(target), pattern="causal",
+        )  # fmt: skip
+
+
+def _weights(shrink: int) -> Iterator[ModelRow]:
+    n = 4096 // shrink
+    yield ModelRow(
+        "weights", f"BERT-base fp32, {n} tokens, weights of one layer", "weights", "BertModel", _bert(shrink, n),
+        (1, 12, 12, n, n, 64 if shrink == 1 else 4), (Claim("foveate", "eager", 2.0),),
+        contestants=("foveate", "eager"), weights_from=(5,) if shrink == 1 else (0,),
+    )  # fmt: skip
