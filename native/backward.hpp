@@ -41,7 +41,9 @@ static void rows_ready(const Gradients& g, int64_t at, int64_t rows, const Rows&
     const Call& call = g.call;
     for (int64_t row = 0; row < tile; ++row) {
         const float lse = row < rows ? call.lse[at + row] : -INFINITY;
-        const double binary = (static_cast<double>(lse) + (call.rest && row < rows ? call.rest[at + row] : 0)) * 1.44269504088896341;
+        // Without the rest, what was multiplied by a rounded log₂e is divided by that one.
+        const double exact = static_cast<double>(lse) + (call.rest && row < rows ? call.rest[at + row] : 0);
+        const double binary = exact * (call.rest ? 1.44269504088896341 : static_cast<double>(log2e));
         ready.lse[row] = lse == -INFINITY ? INFINITY : static_cast<float>(binary);  // no weight for a row that sees nothing
         ready.lse_rest[row] = lse - lse == 0 ? static_cast<float>(binary - ready.lse[row]) : 0.0f;
         ready.delta[row] = 0;

@@ -99,9 +99,9 @@ struct Place {
     int64_t batch, head, first_row, rows, first_key, keys;
 };
 
-// A bias may be as low as float32 goes; a score stays where a multiplication by log₂e does not make it −inf. A power of two:
-// then that product is exact, or the row's own base, rounded once more, would be as far from it as 2^100.
-constexpr float lowest = -0x1p126f;
+// A bias may be as low as float32 goes. A score stays above −2^30: a softmax cannot tell it from less, its product with
+// log₂e is exact, and so a row in which all keys are as low still has a log-sum-exp that says how many.
+constexpr float lowest = -1073741824.0f;
 
 // Scaled, capped and biased scores of a tile, for rows in the lanes; `slopes`: what the cap lets through of a gradient.
 static void adjust(const Call& call, const Place& at, float scale, int64_t active, float* scores, float* slopes) {
