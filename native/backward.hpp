@@ -122,8 +122,8 @@ static TileGradients tile_gradients(const Gradients& g, const Columns& mine, con
                                     const Ready& ready, float* weights, float* d_scores, float* slopes) {
     const Call& call = g.call;
     const int64_t active = (at.rows + lanes - 1) / lanes;
-    products<false, Into::fresh>(k.data, at.keys, k.stride, ready.q, tile, call.dim, active, weights, tile);
-    products<false, Into::fresh>(v.data, at.keys, v.stride, ready.d_out, tile, call.value_dim, active, d_scores, tile);
+    dot_products(k, at.keys, ready.q, call.dim, active, weights);
+    dot_products(v, at.keys, ready.d_out, call.value_dim, active, d_scores);
     return through_softmax(call, mine, at, ready, weights, d_scores, slopes);
 }
 

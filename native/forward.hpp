@@ -198,7 +198,7 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             const State& group = state[r].group;
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
-            products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
+            dot_products(k, keys, q[r], dim, active, scores);
             if (adjusted) adjust(call, at, scale, active, scores, nullptr);
             uint64_t seen[tile];
             const bool masked = mine.hides(seen);

@@ -13,8 +13,8 @@ static inline void pairs_over(const float* scores, int64_t keys, float binary, c
             const float* place = scores + key * tile + n * lanes;
             const Floats first = load(place), second = load(place + tile);
             top[n] = larger(second, larger(first, top[n]));
-            const Floats one = power_of_two<true>(first * spread(binary) - base[n]);
-            const Floats two = power_of_two<true>(second * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>(first * spread(binary) - base[n]);
+            const Floats two = power_of_two<Digits::few>(second * spread(binary) - base[n]);
             sum[n] += one + two;
             store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, two));
         }
@@ -22,7 +22,7 @@ static inline void pairs_over(const float* scores, int64_t keys, float binary, c
         for (int n = 0; n < wide; ++n) {
             const Floats last = key < keys ? load(scores + key * tile + n * lanes) : spread(-INFINITY);
             top[n] = larger(last, top[n]);
-            const Floats one = power_of_two<true>(last * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>(last * spread(binary) - base[n]);
             sum[n] += one;
             store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, Floats{}));
         }

@@ -52,17 +52,25 @@ static inline Floats pick(uint64_t bits, Floats yes, Floats no) {
 }
 
 // 2^x for x ≤ 20 or so: an exponent, and a polynomial of the fraction; exactly 0 for −inf; NaN stays; 2^0 is exactly 1.
-// Relative error 9e-8, or 1e-4 where the result is rounded to bfloat16 anyway.
-template <bool rough = false>
+// Relative error of the polynomial 9e-8, 2e-9 with all digits, 1e-4 with few, where bfloat16 is what becomes of it.
+enum class Digits { few, most, all };
+
+template <Digits digits = Digits::most>
 static inline Floats power_of_two(Floats x) {
 #if defined(FOVEATE_AVX512)
     // x − ⌊x⌋, 0 for −inf; and a product with 2^⌊x⌋, 0 far below.
     __m512 part = _mm512_reduce_ps(reinterpret_cast<__m512&>(x), 0x09);
     const Floats rest = reinterpret_cast<Floats&>(part);
     Floats y;
-    if (rough) {
+    if (digits == Digits::few) {
         y = spread(0.227644976f) + rest * spread(0.0770670557f);
         y = spread(0.69511679f) + rest * y;
+    } else if (digits == Digits::all) {
+        y = spread(1.24678459e-3f) + rest * spread(2.16129171e-4f);
+        y = spread(9.67545162e-3f) + rest * y;
+        y = spread(5.54852806e-2f) + rest * y;
+        y = spread(0.240229306f) + rest * y;
+        y = spread(0.693147044f) + rest * y;
     } else {
         y = spread(9.01702985e-3f) + rest * spread(1.86713029e-3f);
         y = spread(5.57999134e-2f) + rest * y;
@@ -78,9 +86,15 @@ static inline Floats power_of_two(Floats x) {
     const Floats clamped = x < low ? low : x;
     const Floats shifted = clamped + magic, whole = shifted - magic, rest = clamped - whole;
     Floats y;
-    if (rough) {
+    if (digits == Digits::few) {
         y = spread(0.242210965f) + rest * spread(0.05500893f);
         y = spread(0.693282928f) + rest * y;
+    } else if (digits == Digits::all) {
+        y = spread(1.33335581e-3f) + rest * spread(1.54035304e-4f);
+        y = spread(9.61812911e-3f) + rest * y;
+        y = spread(5.55041087e-2f) + rest * y;
+        y = spread(2.40226507e-1f) + rest * y;
+        y = spread(6.93147181e-1f) + rest * y;
     } else {
         y = spread(9.67151274e-3f) + rest * spread(1.32647271e-3f);
         y = spread(5.55073374e-2f) + rest * y;
@@ -97,7 +111,7 @@ static inline Floats power_of_two(Floats x) {
 // tanh: near 0 its series, else by 2^x; relative error 2e-7.
 static inline Floats tangent(Floats x) {
     const Floats size = x < Floats{} ? -x : x;
-    const Floats t = power_of_two(size * spread(-2.88539008f));
+    const Floats t = power_of_two<Digits::all>(size * spread(-2.88539008f));
     const Floats far = (spread(1.0f) - t) / (spread(1.0f) + t);
     const Floats s = x * x;
     Floats near = spread(2.18694885e-2f);

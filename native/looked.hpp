@@ -44,7 +44,7 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
             const int64_t first_key = mine.column() * tile, keys = keys_at(call, band.batch, first_key);
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
-            products<false, Into::fresh>(k.data, keys, k.stride, q, tile, dim, active, scores, tile);
+            dot_products(k, keys, q, dim, active, scores);
             if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
             const Floats binary = spread(adjusted ? log2e : call.scale * log2e);
             for (int64_t n = 0; n < active * lanes; n += lanes)  // the scale may be negative: multiply first
@@ -134,7 +134,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
             if (mine.done() || mine.column() != column) continue;
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
-            products<false, Into::fresh>(k.data, keys, k.stride, q[r], tile, dim, active, scores, tile);
+            dot_products(k, keys, q[r], dim, active, scores);
             if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
             for (int64_t n = 0; n < active * lanes; n += lanes)  // rounded as the bases were: the heaviest key is at its base
                 for (int64_t key = 0; key < keys; ++key) store(scores + key * tile + n, load(scores + key * tile + n) * spread(binary));
