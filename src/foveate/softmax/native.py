@@ -103,16 +103,16 @@ def leads(problem: Problem) -> bool:
     if batch * heads * queries * keys * dim < _SHORT:
         return False
     if queries <= _DECODING:
-        return dtype == torch.float16 or (problem.group > 1 and keys >= _LONG)
+        return dtype == torch.float16 or (problem.group > 1 and keys >= _LONG[dtype])
     if dtype == torch.float32:
         return queries >= TILE
     if dtype == torch.bfloat16:
-        return trains or dim < 128 or (dim == 128 and queries >= 512)
+        return queries >= TILE and (trains or dim < 128 or (dim == 128 and queries >= 512))
     return True
 
 
 # The limits that `leads` names: products in a call, queries of decoding, and keys from which grouped heads gain by it.
-_SHORT, _DECODING, _LONG = 1 << 23, 4, 2048
+_SHORT, _DECODING, _LONG = 1 << 23, 4, {torch.float32: 2048, torch.bfloat16: 4096}
 
 
 @functools.cache
