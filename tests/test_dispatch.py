@@ -166,3 +166,8 @@ def test_the_batch_dimension_is_optional() -> None:
     assert torch.equal(out, whole[0])
     assert torch.equal(lse, whole_lse[0])
     assert fv.weights(q, k, v, rows=[0]).shape == (4, 1, 7)
+
+
+def test_decoding_in_float64_is_a_call_like_any_other() -> None:
+    q, k = torch.randn(1, 4, 1, 512, dtype=torch.float64), torch.randn(1, 1, 4096, 512, dtype=torch.float64)
+    assert fv.explain(q, k, k).chosen == "sdpa"

@@ -91,7 +91,7 @@ def leads(problem: Problem) -> bool:
 
     A short call is overhead, and memory limits one query against many keys: there PyTorch keeps its place.
     """
-    if _native is None:
+    if _native is None or problem.q.dtype not in _DTYPES:
         return False
     dtype, trains = problem.q.dtype, problem.needs_gradient
     if dtype == torch.bfloat16 and not _has_pairs():
@@ -118,13 +118,13 @@ _SHORT, _DECODING, _LONG = 1 << 23, 4, {torch.float32: 2048, torch.bfloat16: 409
 @functools.cache
 def _has_pairs() -> bool:
     """Whether the kernel of this machine multiplies bfloat16 as it is."""
-    return bool(_native.kernels()[0] in ("amx", "avx512bf16"))
+    return bool(_native.chosen() in ("amx", "avx512bf16"))
 
 
 def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
-    if _is_plain(problem):  # nothing has to see an operator: an eighth of the overhead
+    if _is_plain(problem):  # nothing has to see an operator, which costs more than a short call
         out, lse, _ = _forward(problem.q, problem.k, problem.v, arguments)
     else:
         out, lse, _ = _forward_op(problem.q, problem.k, problem.v, *arguments)
