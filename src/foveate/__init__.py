@@ -27,7 +27,7 @@ _HOME = {
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
-        "neighborhood", "padding", "prefix", "random_blocks", "rule", "selected", "streaming",
+        "neighborhood", "padding", "pooled", "prefix", "random_blocks", "rule", "selected", "streaming",
         "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
@@ -35,7 +35,7 @@ _HOME = {
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn",)  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("nn", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn
+    from foveate import nn, selection
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
@@ -93,6 +93,7 @@ if TYPE_CHECKING:
         longformer,
         neighborhood,
         padding,
+        pooled,
         prefix,
         random_blocks,
         rule,

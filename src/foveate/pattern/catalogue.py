@@ -13,7 +13,7 @@ from foveate.pattern.chosen import selected
 from foveate.pattern.given import from_mask, rule
 from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
-from foveate.pattern.positional import causal, chunks, global_tokens, prefix, window
+from foveate.pattern.positional import causal, chunks, global_tokens, pooled, prefix, window
 from foveate.values import Held, read, whole
 
 _near = window  # the compositions have an argument called window
@@ -56,6 +56,7 @@ def streaming(first: int = 4, window: int = 1024) -> Pattern:
 NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "causal": causal,
     "window": window,
+    "pooled": pooled,
     "prefix": prefix,
     "chunks": chunks,
     "neighborhood": neighborhood,
@@ -92,6 +93,7 @@ __all__ = [
     "neighborhood",
     "padding",
     "parse",
+    "pooled",
     "prefix",
     "random_blocks",
     "rule",
