@@ -201,32 +201,39 @@ def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    if not torch.compiler.is_compiling() and not is_transformed():
-        out: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
-        return out
     dim = 2 * cos.shape[-1]
+    if not torch.compiler.is_compiling() and not is_transformed():
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
+            return out
+        return _written(x, cos, sin, interleaved)
     first, second = _pairs(x[..., :dim], interleaved)
     pair = first * cos - second * sin, second * cos + first * sin
     out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((out.to(x.dtype), x[..., dim:]), -1) if x.shape[-1] > dim else out.to(x.dtype)
 
 
+def _written(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    # The same with half the passes over memory.
+    dim = 2 * cos.shape[-1]
+    both = cos.repeat_interleave(2, -1) if interleaved else torch.cat((cos, cos), -1)
+    if x.shape[-1] > dim:
+        both = torch.cat((both, both.new_ones(*both.shape[:-1], x.shape[-1] - dim)), -1)
+    out = x * both
+    (first, second), (out_first, out_second) = (_pairs(y[..., :dim], interleaved) for y in (x, out))
+    out_first.addcmul_(second, sin, value=-1)
+    out_second.addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
 class _Turn(torch.autograd.Function):
-    # The same with half the passes over memory; and nothing of x is kept, for the gradient of a turn is the turn back.
+    # Nothing of x is kept: the gradient of a turn is the turn back.
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        dim = 2 * cos.shape[-1]
-        both = cos.repeat_interleave(2, -1) if interleaved else torch.cat((cos, cos), -1)
-        if x.shape[-1] > dim:
-            both = torch.cat((both, both.new_ones(*both.shape[:-1], x.shape[-1] - dim)), -1)
-        out = x * both
-        (first, second), (out_first, out_second) = (_pairs(y[..., :dim], interleaved) for y in (x, out))
-        out_first.addcmul_(second, sin, value=-1)
-        out_second.addcmul_(first, sin)
-        return out.to(x.dtype)
+        return _written(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
