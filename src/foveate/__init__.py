@@ -12,8 +12,8 @@ _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
         "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
-        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "sampled_attention",
-        "straight_through", "weights",
+        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "rope",
+        "sampled_attention", "straight_through", "weights",
     ),
     "foveate.hard": ("Chosen",),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
@@ -34,7 +34,7 @@ _HOME = {
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn",)  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("nn", "rotary")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -54,7 +54,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn
+    from foveate import nn, rotary
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         merge,
         paged_attention,
         reinforce_loss,
+        rope,
         sampled_attention,
         straight_through,
         weights,
