@@ -26,8 +26,9 @@ _HOME = {
     "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
-        "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
-        "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming", "window",
+        "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "every", "fixed", "from_mask",
+        "global_tokens", "longformer", "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming",
+        "strided", "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
@@ -90,6 +91,8 @@ if TYPE_CHECKING:
         causal,
         chunks,
         documents,
+        every,
+        fixed,
         from_mask,
         global_tokens,
         longformer,
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
         random_blocks,
         rule,
         streaming,
+        strided,
         window,
     )
     from foveate.score import Score, alibi, alibi_slopes, bias, relative_bias, sinks, softcap
