@@ -13,7 +13,7 @@ _HOME = {
     "foveate.functional": (
         "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
         "linear_attention", "linformer_attention", "local_attention", "lsh_attention", "merge", "nystrom_attention",
-        "paged_attention", "reinforce_loss", "sampled_attention", "straight_through", "weights",
+        "paged_attention", "reinforce_loss", "rope", "sampled_attention", "straight_through", "weights",
     ),
     "foveate.hard": ("Chosen",),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
@@ -35,7 +35,7 @@ _HOME = {
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn",)  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("nn", "rotary")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn
+    from foveate import nn, rotary
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         nystrom_attention,
         paged_attention,
         reinforce_loss,
+        rope,
         sampled_attention,
         straight_through,
         weights,
