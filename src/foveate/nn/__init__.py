@@ -1,1 +1,6 @@
 """Modules with parameters, built on the functions of `foveate.functional`."""
+
+from foveate.nn.additive import AdditiveAttention, LuongAttention
+from foveate.nn.decoder import AttentiveDecoder, DecoderState
+
+__all__ = ["AdditiveAttention", "AttentiveDecoder", "DecoderState", "LuongAttention"]
