@@ -2,5 +2,14 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
+from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
 
-__all__ = ["AdditiveAttention", "AttentiveDecoder", "DecoderState", "LuongAttention"]
+__all__ = [
+    "AdditiveAttention",
+    "AttentiveDecoder",
+    "DecoderState",
+    "Glimpses",
+    "LuongAttention",
+    "RecurrentAttentionModel",
+    "glimpse",
+]
