@@ -27,15 +27,15 @@ _HOME = {
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "every", "fixed", "from_mask",
-        "global_tokens", "longformer", "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming",
-        "strided", "window",
+        "global_tokens", "longformer", "neighborhood", "padding", "pooled", "prefix", "random_blocks", "rule",
+        "selected", "streaming", "strided", "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn", "rotary")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn, rotary
+    from foveate import nn, rotary, selection
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
@@ -99,9 +99,11 @@ if TYPE_CHECKING:
         longformer,
         neighborhood,
         padding,
+        pooled,
         prefix,
         random_blocks,
         rule,
+        selected,
         streaming,
         strided,
         window,
