@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "foveate.cache": ("KeyValueCache",),
+    "foveate.checkpoints": ("from_pretrained", "save_pretrained"),
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
         "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
@@ -35,7 +37,7 @@ _HOME = {
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -55,7 +57,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn, rotary, selection
+    from foveate import models, nn, rotary, selection
+    from foveate.cache import KeyValueCache
+    from foveate.checkpoints import from_pretrained, save_pretrained
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
