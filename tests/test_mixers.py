@@ -264,7 +264,7 @@ def test_retention_is_a_product_of_complex_numbers() -> None:
     q, k, v = (heads_of(projected(part, x), HEADS) for part in (layer.query, layer.key, layer.value))
     size = DIM // HEADS
     q, k = (torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) for y in (q, k))
-    theta = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    theta = (1 / 10000 ** (torch.arange(0, size, 2) / size)).double()  # in float32, as rotary positions are
     out = torch.zeros(BATCH, STEPS, HEADS, v.shape[3], dtype=torch.float64)
     for n in range(STEPS):
         for m in range(n + 1):
@@ -355,7 +355,7 @@ def test_wrong_input_is_said_in_a_sentence() -> None:
         (lambda: GatedDeltaNet(12, 4, key_heads=3), "no multiple of 3 key heads"),
         (lambda: GatedLinearAttention(12, 4), "dim / 2 of 12"),
         (lambda: GatedLinearAttention(12, 2, temperature=0), "the temperature is 0"),
-        (lambda: MultiScaleRetention(9, 3), "a head has 3 entries"),
+        (lambda: MultiScaleRetention(9, 3), "the rotary dim is 3"),
         (lambda: MultiScaleRetention(12, 2)(x, linear(x)[1]), "counts no steps"),
         (lambda: LightningAttention(12, 2, layer=3, layers=3), "layer is 3 of 3"),
         (lambda: LinearAttention(12, 2, context_dim=5), "a causal layer has no context"),

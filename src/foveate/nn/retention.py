@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, logsigmoid, silu
 from foveate.errors import InvalidInput
 from foveate.linear_forms import gated_linear, retention
 from foveate.nn.mixing import MixerState, entered, head_size, joined, parted
+from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.problem import accumulator
 from foveate.values import whole
@@ -46,8 +47,7 @@ class MultiScaleRetention(nn.Module):
         super().__init__()
         self.dim, self.heads = dim, heads
         self.head_dim = head_size(dim, heads, None, "another dim")
-        if self.head_dim % 2:
-            raise InvalidInput(f"a head has {self.head_dim} entries: wanted an even number, which turn in pairs")
+        self.rotary = Rotary(self.head_dim, interleaved=True)
         wide = heads * (2 * self.head_dim if value_dim is None else whole(value_dim, "value_dim", 1))
         self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.value, self.gate = nn.Linear(dim, wide, bias=False), nn.Linear(dim, wide, bias=False)
@@ -69,7 +69,7 @@ class MultiScaleRetention(nn.Module):
             if state.steps is None:
                 raise InvalidInput("the state counts no steps: wanted one that a MultiScaleRetention returned")
             steps = steps + state.steps[:, None]
-        q, k = (_turned(parted(part(x), self.heads), steps) for part in (self.query, self.key))
+        q, k = (self.rotary(parted(part(x), self.heads), steps) for part in (self.query, self.key))
         memory = None if state is None else state.memory
         out, memory = retention(q, k, parted(self.value(x), self.heads), documents=ids, state=memory)
         last = steps[:, -1] if x.shape[1] else (torch.zeros_like(there.sum(1)) if state is None else state.steps)
@@ -199,12 +199,3 @@ class GatedLinearAttention(nn.Module):
         memory = None if state is None else state.memory
         out, memory = gated_linear(q, k, v, decay, documents=ids, state=memory)
         return self.out(silu(self.gate(x)) * joined(self.norm(out))), MixerState(memory)
-
-
-def _turned(x: Tensor, steps: Tensor) -> Tensor:
-    """Entries (2i, 2i + 1) as complex numbers, turned by steps · 10000^(−2i/dim)."""
-    rate = 10000.0 ** (-torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float64) / x.shape[-1])
-    angle = (steps[:, None, :, None] * rate).to(torch.float64)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
