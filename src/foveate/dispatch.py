@@ -106,11 +106,16 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
     if not torch.compiler.is_compiling():  # a graph has no one to tell
         for observer in _OBSERVERS.get():
             observer(problem)
-    chosen = _first(problem) if backend == "auto" else _named(problem, backend)
+    chosen = decide(problem, backend)
     if problem.dropout and problem.seed is None:  # drawn only now that the call will run
         problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def decide(problem: Problem, backend: str = "auto") -> Implementation:
+    """The first implementation that does not refuse, or the named one, which raises `Unsupported` if it does."""
+    return _first(problem) if backend == "auto" else _named(problem, backend)
 
 
 def _named(problem: Problem, name: str) -> Implementation:
@@ -146,6 +151,11 @@ def observe(observer: Observer) -> Callable[[], None]:
     """Tell `observer` of every problem in this context from now on; the returned function ends it."""
     token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
     return lambda: _OBSERVERS.reset(token)
+
+
+def is_observed() -> bool:
+    """Whether anyone in this context is told of problems."""
+    return bool(_OBSERVERS.get())
 
 
 LINEAR_NAMES = ("native", "chunked", "recurrence")
