@@ -171,6 +171,8 @@ int threads_for(double products, int threads) { return products < 2e6 ? 1 : thre
 
 // How many of the pairs are visible, about.
 double share(const Call& call) {
+    if (call.chosen.indices)
+        return std::min(1.0, double(call.chosen.count * call.chosen.block) / double(std::max<int64_t>(1, call.keys)));
     if (call.offsets) {
         const int64_t rows = call.tile_batch * call.tile_heads * tiles_of(call.queries);
         const int64_t listed = call.offsets[call.tile_batch * call.tile_heads * (tiles_of(call.queries) + 1) - 1];
@@ -220,6 +222,28 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
                      scratch_of(bytes));
 }
 
+// Pieces of work of a selection: tiles of queries, the last first.
+struct Tiles {
+    int64_t queries, height, count;
+
+    Tiles(const Call& call, int64_t height) : queries(call.queries), height(height) {
+        count = (queries + height - 1) / height;
+    }
+    Band at(int64_t batch, int64_t unit, int64_t n) const {
+        const int64_t first = (count - 1 - n) * height;
+        return {batch, unit, first, std::min(height, queries - first)};
+    }
+};
+
+void gather_all(const Call& call, const Kernel& kernel, int threads) {
+    const int64_t units = kernel.gathered_units(call), bytes = kernel.gathered_bytes(call);
+    const Tiles tiles(call, kernel.gathered_height(call));
+    spread(threads_for(products_of(call), threads), call.batch * units * tiles.count, [&](int64_t n) {
+        const int64_t at = n / tiles.count;
+        kernel.gathered(call, tiles.at(at / units, at % units, n % tiles.count), scratch_of(bytes));
+    });
+}
+
 // Whether rows are so few that keys are better put in the lanes.
 bool is_decoding(const Call& call) {
     const int64_t rows = call.heads / call.key_heads * call.queries;
@@ -229,6 +253,7 @@ bool is_decoding(const Call& call) {
 }  // namespace
 
 void forward(const Call& call, const Kernel& kernel, int threads) {
+    if (call.chosen.indices) return gather_all(call, kernel, threads);
     if (is_decoding(call)) return decode_all(call, kernel, threads);
     // Keys and values of half precision are prepared once for a band; tall ones, as long as all threads have several.
     const int64_t rows = tiles_of(call.queries) * call.batch * call.heads;
