@@ -244,6 +244,21 @@ void gather_all(const Call& call, const Kernel& kernel, int threads) {
     });
 }
 
+void gather_gradients(Gradients& gradients, const Kernel& kernel, int threads) {
+    const Call& call = gradients.call;
+    const int64_t groups = call.batch * call.key_heads, bytes = kernel.gathered_backward_bytes(call);
+    const int64_t lists = kernel.gathered_units(call) / call.key_heads;  // of a key head
+    const Tiles tiles(call, kernel.gathered_height(call));
+    const int64_t turns = lists * tiles.count;
+    std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
+    gradients.passed = passed.data();
+    spread(threads, groups * turns, [&](int64_t n) {
+        const int64_t turn = n / groups, at = n % groups, key_head = at % call.key_heads;
+        const Band band = tiles.at(at / call.key_heads, key_head * lists + turn / tiles.count, turn % tiles.count);
+        kernel.gathered_backward(gradients, band, turn, turns, scratch_of(bytes));
+    });
+}
+
 // Whether rows are so few that keys are better put in the lanes.
 bool is_decoding(const Call& call) {
     const int64_t rows = call.heads / call.key_heads * call.queries;
@@ -271,6 +286,7 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const Call& call = gradients.call;
     threads = threads_for(3 * products_of(call), threads);
     const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
+    if (call.chosen.indices) return gather_gradients(gradients, kernel, threads);
     const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / std::max<int64_t>(1, call.dim + call.value_dim))));
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));

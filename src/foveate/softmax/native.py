@@ -205,7 +205,7 @@ class _Call:
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
             (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
-            self.sinks, given.seed, given.dropout, reach_at, tiles_at, given.kernel,
+            self.sinks, given.seed, given.dropout, reach_at, tiles_at, (0, 0, 0, 0, 0, 1, 1, 8), given.kernel,
             given.threads or torch.get_num_threads(),
         )  # fmt: skip
 
