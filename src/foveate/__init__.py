@@ -27,7 +27,8 @@ _HOME = {
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
-        "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming", "window",
+        "neighborhood", "padding", "prefix", "random_blocks", "rule", "selected", "streaming",
+        "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
         prefix,
         random_blocks,
         rule,
+        selected,
         streaming,
         window,
     )

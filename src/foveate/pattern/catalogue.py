@@ -9,6 +9,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.blocked import blocks, blockwise, random_blocks
+from foveate.pattern.chosen import selected
 from foveate.pattern.given import from_mask, rule
 from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
@@ -66,6 +67,7 @@ NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "blockwise": blockwise,
     "rule": rule,
     "from_mask": from_mask,
+    "selected": selected,
 }  # fmt: skip
 
 
@@ -93,6 +95,7 @@ __all__ = [
     "prefix",
     "random_blocks",
     "rule",
+    "selected",
     "streaming",
     "window",
 ]
