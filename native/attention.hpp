@@ -23,6 +23,7 @@ struct Selection {
     int64_t strides[3];   // of batch, head and query (0: shared); the last one is 1
     int64_t count, block, heads;
     bool wide;
+    int32_t* outside;     // becomes 1 if there is an entry that is neither in the call nor −1
 };
 
 struct Call {

@@ -71,13 +71,16 @@ struct Wish {
 };
 
 template <typename Index>
-static int64_t marked(const Index* chosen, int64_t count, int64_t first, int64_t end, Marks& marks) {
-    int64_t any = 0;
-    for (int64_t n = 0; n < count; ++n) {
-        const int64_t entry = chosen[n];
+static bool marked(const Call& call, const Index* list, int64_t first, int64_t end, Marks& marks) {
+    const int64_t entries = entries_of(call);
+    bool any = false, outside = false;
+    for (int64_t n = 0; n < call.chosen.count; ++n) {
+        const int64_t entry = list[n];
+        outside |= entry < -1 || entry >= entries;
         if (entry < first || entry >= end) continue;
-        marks.add(entry), any = 1;
+        marks.add(entry), any = true;
     }
+    if (outside) __atomic_store_n(call.chosen.outside, 1, __ATOMIC_RELAXED);
     return any;
 }
 
@@ -91,11 +94,11 @@ static void make_wishes(const Call& call, const Band& band, int64_t rows, int32_
         Wish& wish = wishes[t];
         wish = {lists + t * capacity, 0, 0, call.left < 0 ? 0 : most(0, position - call.left),
                 call.right < 0 ? length : least(length, position + call.right + 1)};
-        if (wish.from >= wish.to) continue;
-        const int64_t first = wish.from / chosen.block, end = (wish.to - 1) / chosen.block + 1;
+        const bool some = wish.from < wish.to;
+        const int64_t first = some ? wish.from / chosen.block : 0, end = some ? (wish.to - 1) / chosen.block + 1 : 0;
         const int64_t at = band.batch * chosen.strides[0] + head * chosen.strides[1] + query * chosen.strides[2];
-        const int64_t any = chosen.wide ? marked(static_cast<const int64_t*>(chosen.indices) + at, chosen.count, first, end, marks)
-                                        : marked(static_cast<const int32_t*>(chosen.indices) + at, chosen.count, first, end, marks);
+        const bool any = chosen.wide ? marked(call, static_cast<const int64_t*>(chosen.indices) + at, first, end, marks)
+                                     : marked(call, static_cast<const int32_t*>(chosen.indices) + at, first, end, marks);
         if (any) wish.end = marks.drain(wish.list);
     }
 }
