@@ -242,7 +242,9 @@ class _Call:
     def check_lists(self) -> None:
         """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
         if self.outside:
-            raise InvalidInput(f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}")
+            raise InvalidInput(
+                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+            )
 
     def _distances(self) -> Tensor | None:
         """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
