@@ -6,7 +6,11 @@ from foveate.naming import Format
 
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
+    "bert": "bert",
+    "distilbert": "distilbert",
     "gpt2": "gpt2",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
 }
 
 
