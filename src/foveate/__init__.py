@@ -14,8 +14,8 @@ _HOME = {
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
         "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
-        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "sampled_attention",
-        "straight_through", "weights",
+        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "rope",
+        "sampled_attention", "straight_through", "weights",
     ),
     "foveate.hard": ("Chosen",),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
@@ -36,7 +36,7 @@ _HOME = {
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("models", "nn")  # packages one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("models", "nn", "rotary")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import models, nn
+    from foveate import models, nn, rotary
     from foveate.cache import KeyValueCache
     from foveate.checkpoints import from_pretrained, save_pretrained
     from foveate.errors import FoveateError, InvalidInput, Unsupported
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         merge,
         paged_attention,
         reinforce_loss,
+        rope,
         sampled_attention,
         straight_through,
         weights,

@@ -11,6 +11,7 @@
                         hard attention: one key for each query
     additive_attention, additive_weights, local_attention
                         scores from tanh(q + k); a window around a position that is learned
+    rope                q or k turned by angles that grow with their positions
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -35,6 +36,7 @@ from foveate.paging import paged
 from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
+from foveate.rotary import Scaling, angles, check_size, turn
 from foveate.score import Score
 from foveate.values import describe
 
@@ -516,6 +518,42 @@ def local_attention(
         center = center[None]
     out = additive.local(call, center, width, sigma, vector)
     return out if batched else out[0]
+
+
+def rope(
+    x: Float[Tensor, "*batch heads length size"],
+    positions: Int[Tensor, " length"] | Int[Tensor, "batch_or_one length"],
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    dim: int | None = None,
+    scaling: Scaling | None = None,
+) -> Float[Tensor, "*batch heads length size"]:
+    """q or k with rotary positions: pair i turned by position · base^(−2i / dim).
+
+    Angles are in float32 or wider, and so is the product. `fv.nn.Rotary` is the same as a part of a model.
+
+    Args:
+        positions: integers, one row for all or one for each of the batch.
+        interleaved: pairs (2i, 2i + 1), as the paper; else (i, i + dim/2), as Llama and most others.
+        dim: how many of the first entries are turned; None = all.
+        scaling: a law for longer texts than the training's, such as `fv.rotary.YaRN(4.0, 4096)`.
+
+    Raises:
+        InvalidInput: an odd dim, or positions that do not fit.
+
+    Su et al. 2021: https://arxiv.org/abs/2104.09864
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)  # dot products depend on the distance alone
+    >>> near, far = (fv.rope(q, torch.tensor([n + 3])) @ fv.rope(k, torch.tensor([n])).mT for n in (0, 5000))
+    >>> torch.allclose(near, far)
+    True
+    """
+    dim = x.shape[-1] if dim is None else dim
+    check_size(dim, base)
+    return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)
 
 
 def _chosen(chosen: Chosen, batched: bool) -> Chosen:

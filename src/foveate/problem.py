@@ -51,10 +51,8 @@ class Problem:
 
     @property
     def is_transformed(self) -> bool:
-        """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
-        if torch.compiler.is_compiling():
-            return False
-        return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+        """Whether something is at work that sees no operator."""
+        return is_transformed()
 
     @property
     def needs_gradient(self) -> bool:
@@ -73,6 +71,13 @@ class Result:
 
     out: Tensor
     lse: Tensor | None
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
