@@ -65,9 +65,8 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
-        self.attention_norm = nn.LayerNorm(config.dim, config.epsilon)
         self.up, self.down = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
-        self.mlp_norm = nn.LayerNorm(config.dim, config.epsilon)
+        self.attention_norm, self.mlp_norm = (nn.LayerNorm(config.dim, config.epsilon) for _ in range(2))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, pattern: Pattern | None = None) -> Tensor:
@@ -97,7 +96,9 @@ class Model(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(config.dim, config.epsilon), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.dim, config.dim) if pooler and config.kind != "distilbert" else None
-        self.apply(draw)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self, tokens: Ids, pattern: Pattern | None = None, *, segments: Ids | None = None, positions: Ids | None = None
@@ -143,14 +144,6 @@ class Model(nn.Module):
         if self.pooler is None:
             raise InvalidInput("the model has no pooler: wanted a BERT or RoBERTa that is no head's body")
         return torch.tanh(self.pooler(x[:, 0]))
-
-
-def draw(part: nn.Module) -> None:
-    """Weights as the paper draws them: normal, biases 0."""
-    if isinstance(part, nn.Linear | nn.Embedding):
-        nn.init.normal_(part.weight, std=0.02)
-    if isinstance(part, nn.Linear):
-        nn.init.zeros_(part.bias)
 
 
 class MaskedWords(nn.Module):
@@ -234,8 +227,7 @@ FIELDS = {
     "epsilon": "layer_norm_eps", "attention_dropout": "attention_probs_dropout_prob", "dropout": "hidden_dropout_prob",
     "label_dropout": "classifier_dropout", "pad": "pad_token_id", "labels": "num_labels",
 }  # fmt: skip
-FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
-         "tie_word_embeddings": True}  # fmt: skip
+FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True}
 FORMATS = {
     "bert": Format(
         config=Config,
