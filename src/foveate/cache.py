@@ -74,16 +74,23 @@ class GrowingLayer:
             if not fits or new.dtype != old.dtype or new.device != old.device:
                 raise InvalidInput(f"{name} is {describe(new)}, but the cache holds {describe(old)} of earlier tokens")
         total = self.length + k.shape[2]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *self._room)):
-            # What a backward pass will read must not be written into.
-            self._room = tuple(torch.cat([x[:, :, : self.length], new], 2) for x, new in zip(self._room, (k, v)))
+        old_k, old_v = self._room
+        if self._must_not_be_written(k, v):
+            old_k, old_v = (torch.cat([x[:, :, : self.length], new], 2) for x, new in ((old_k, k), (old_v, v)))
         else:
-            if total > self._room[0].shape[2]:
-                self._room = tuple(self._larger(x, total) for x in self._room)
-            for room, new in zip(self._room, (k, v), strict=True):
-                room[:, :, self.length : total] = new
-        self.length = total
-        return self._room[0][:, :, :total], self._room[1][:, :, :total]
+            if total > old_k.shape[2]:
+                old_k, old_v = self._larger(old_k, total), self._larger(old_v, total)
+            old_k[:, :, self.length : total] = k
+            old_v[:, :, self.length : total] = v
+        self._room, self.length = (old_k, old_v), total
+        return old_k[:, :, :total], old_v[:, :, :total]
+
+    def _must_not_be_written(self, k: Tensor, v: Tensor) -> bool:
+        """Whether a backward pass will read what is kept, or it was made where autograd does not look."""
+        kept = (k, v, *(self._room or ()))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in kept):
+            return True
+        return not torch.is_inference_mode_enabled() and any(x.is_inference() for x in kept)
 
     def _larger(self, old: Tensor, total: int) -> Tensor:
         batch, heads, _, dim = old.shape

@@ -6,11 +6,8 @@ the weights take their places: as they lie in the file where they can, else as o
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,21 +19,9 @@ from torch.overrides import TorchFunctionMode
 from foveate.errors import InvalidInput, unknown_name
 from foveate.models import FAMILIES, formats
 from foveate.naming import Entry, Format, Plan, config_from, config_to, matches, plan
-from foveate.tensorfiles import (
-    INDEX,
-    INDEX_BIN,
-    SINGLE,
-    SINGLE_BIN,
-    Stored,
-    Written,
-    listed,
-    read_json,
-    shards,
-    stored_in,
-    write_safetensors,
-)
-
-CONFIG = "config.json"
+from foveate.saving import CONFIG, write_folder
+from foveate.tensorfiles import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, Stored, Written, listed, read_json, stored_in
+from foveate.values import whole
 
 
 def from_pretrained(
@@ -75,10 +60,11 @@ def from_pretrained(
     with torch.random.fork_rng(devices=[]), _Hollow():
         model = form.architectures[architecture](config)
     wanted = plan(model, form)
-    sources = _matched(stored, wanted, model, form, str(folder))
+    hollow = model.state_dict()
+    sources = _matched(stored, wanted, hollow, form, str(folder))
     values: dict[str, Tensor] = {}
     for theirs, entry in _shown(wanted.entries.items(), f"Loading {folder.name}"):
-        values.update(_taken(sources[theirs], entry, model, dtype, device))
+        values.update(_taken(sources[theirs], entry, hollow, dtype, device))
     _assign(model, values)
     return model.eval()
 
@@ -99,8 +85,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_s
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
         raise InvalidInput(f"{target} is a file: wanted a folder")
-    if not isinstance(shard_size, int) or shard_size < 1:
-        raise InvalidInput(f"shard_size is {shard_size!r}: wanted a number of bytes from 1")
+    whole(shard_size, "shard_size", 1)
     wanted = plan(model, form)
     state = model.state_dict()
     tensors = {theirs: _made(entry, state) for theirs, entry in wanted.entries.items()}
@@ -108,19 +93,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_s
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
     if len(dtypes) == 1:
         written["dtype"] = str(dtypes.pop()).removeprefix("torch.")
-    occupied = target.is_dir() and _occupied(target, form, architecture, model.config)
-    parent = target.parent if not target.exists() else target
-    parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=parent))
-    try:
-        _write(aside, tensors, written, shard_size, taken={path.name for path in target.glob("*")} if occupied else ())
-        if target.exists():
-            _move_in(aside, target)
-        else:
-            aside.chmod(0o777 & ~_umask())
-            aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    if target.is_dir():
+        _check_free(target, form, architecture, model.config)
+    write_folder(target, tensors, written, shard_size)
 
 
 class _Hollow(TorchFunctionMode):
@@ -166,19 +141,20 @@ def _described(folder: Path) -> tuple[Format, str, Any]:
         raise InvalidInput(f"{folder} has no {CONFIG}: wanted a folder that save_pretrained or Hugging Face wrote")
     found = read_json(folder / CONFIG)
     kind = found.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise unknown_name("family", kind, FAMILIES)
     if found.get("quantization_config"):
         raise InvalidInput(f"{folder} holds quantized weights: wanted them in a floating-point dtype")
     form = formats(kind)[kind]
-    architecture = (found.get("architectures") or [next(iter(form.architectures))])[0]
+    said = found.get("architectures") or list(form.architectures)
+    architecture = said[0] if isinstance(said, list) and isinstance(said[0], str) else str(said)
     if architecture not in form.architectures:
         raise unknown_name(f"architecture of {kind}", architecture, form.architectures)
     return form, architecture, config_from(form, kind, found)
 
 
 def _matched(
-    stored: dict[str, Stored], wanted: Plan, model: nn.Module, form: Format, where: str
+    stored: dict[str, Stored], wanted: Plan, hollow: dict[str, Tensor], form: Format, where: str
 ) -> dict[str, list[Stored]]:
     """The stored tensors for every entry (several where a tied one is there under several names), or one sentence."""
     found: dict[str, list[Stored]] = {}
@@ -197,7 +173,7 @@ def _matched(
     missing = [name for name in wanted.entries if name not in found]
     misshaped = []
     for theirs, tensors in found.items():
-        want = _shape(wanted.entries[theirs], dict(model.state_dict()))
+        want = _shape(wanted.entries[theirs], hollow)
         misshaped += [f"{theirs} {list(t.shape)} instead of {list(want)}" for t in tensors if t.shape != want]
     complaints = [
         f"{len(names)} {what}: {listed(names)}"
@@ -226,7 +202,11 @@ def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def _taken(
-    sources: list[Stored], entry: Entry, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None
+    sources: list[Stored],
+    entry: Entry,
+    hollow: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The parts of one tensor in the file, in the dtype and on the device that were asked for."""
     tensor = sources[0].read()
@@ -235,13 +215,11 @@ def _taken(
             raise InvalidInput(f"{entry.parts[0]} is tied, but the file has two different tensors for it")
     whole = tensor.mT if entry.transposed else tensor
     cast = dtype if tensor.dtype.is_floating_point else None
-    sizes = [model.state_dict()[part].shape[0] for part in entry.parts] if len(entry.parts) > 1 else []
-    parts = [
-        part.to(device=device, dtype=cast).contiguous() for part in (whole.split(sizes) if sizes else (whole,))
-    ]
-    if not any(part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for part in parts):
-        for source in sources:
-            source.release()
+    pieces = whole.split([hollow[part].shape[0] for part in entry.parts]) if len(entry.parts) > 1 else (whole,)
+    parts = [piece.to(device=device, dtype=cast).contiguous() for piece in pieces]
+    kept = any(part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for part in parts)
+    for source in sources[1 if kept else 0 :]:
+        source.release()
     yield from zip(entry.parts, parts, strict=True)
 
 
@@ -295,62 +273,13 @@ def _made(entry: Entry, state: dict[str, Tensor]) -> Written:
     return Written(_shape(entry, state), state[entry.parts[0]].dtype, make)
 
 
-def _occupied(folder: Path, form: Format, architecture: str, config: Any) -> bool:
-    """Whether the folder holds a checkpoint, which is then of the same model."""
+def _check_free(folder: Path, form: Format, architecture: str, config: Any) -> None:
+    """Refuses a folder that holds the checkpoint of another model."""
     if not (folder / CONFIG).exists():
-        return False
+        return
     try:
         same = _described(folder) == (form, architecture, config)
     except InvalidInput:
         same = False
     if not same:
         raise InvalidInput(f"{folder} holds another model: choose another folder, or delete what is in this one")
-    return True
-
-
-def _write(
-    aside: Path, tensors: dict[str, Written], config: dict[str, Any], shard_size: int, taken: Collection[str]
-) -> None:
-    """All files of a checkpoint, shards by names that are not taken."""
-    groups = shards(tensors, shard_size)
-    if len(groups) == 1:
-        write_safetensors(aside / SINGLE, groups[0])
-    else:
-        stem = "model" if not any(name.startswith("model-") for name in taken) else f"model-{aside.name[8:]}"
-        files = [f"{stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-        for file, group in _shown(list(zip(files, groups, strict=True)), f"Saving {len(groups)} files"):
-            write_safetensors(aside / file, group)
-        places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
-        size = sum(tensor.bytes for tensor in tensors.values())
-        _write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-    _write_json(aside / CONFIG, config)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _move_in(aside: Path, target: Path) -> None:
-    """The new files into a folder that exists, so that at every moment either the old ones count or the new ones.
-
-    model.safetensors counts before the index, the index before `.bin`, and shards count only where an index names them.
-    """
-    old = {path.name for path in target.glob("model-*.safetensors")}
-    new = sorted(path.name for path in aside.iterdir())
-    last = [name for name in (INDEX, SINGLE, CONFIG) if name in new]
-    for name in [name for name in new if name not in last] + last:
-        if name == CONFIG:
-            gone = [name for name in (SINGLE, INDEX) if name not in new]
-            for stale in [*gone, *(old - set(new)), SINGLE_BIN, INDEX_BIN]:
-                (target / stale).unlink(missing_ok=True)
-        os.replace(aside / name, target / name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,8 +2,8 @@
 
 One table serves both directions. In a name, `*` stands for one part between dots, the same on both sides:
 
-    "h.*.ln_1.*": "layers.*.attention_norm.*"                       a name for a name
-    "h.*.attn.c_attn.*": ("layers.*.attention.query.*", …)          one tensor there is several here, one below the other
+    "h.*.ln_1.*": "blocks.*.attention_norm.*"                   a name for a name
+    "h.*.attn.c_attn.*": ("blocks.*.attention.query.*", …)      one tensor there is several here, one below the other
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def _their_name(name: str, lines: list[tuple[re.Pattern[str], int, int, str]]) -
     for pattern, place, count, theirs in lines:
         found = pattern.fullmatch(name)
         if found:
-            parts = iter(found.groups())
-            return re.sub(r"\*", lambda _: next(parts), theirs), place, count
+            for part in found.groups():
+                theirs = theirs.replace("*", part, 1)
+            return theirs, place, count
     raise AssertionError(f"the name table has no line for {name}")
 
 
@@ -132,9 +133,12 @@ def config_from(form: Format, kind: str, found: Mapping[str, Any]) -> Any:
         value = _at(said, key, dataclasses.MISSING)
         if value is dataclasses.MISSING:
             continue
-        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = tuple(value)
         if not _fits(value, hints[name]):
             raise InvalidInput(f"config.json says {key} is {value!r}: wanted {_spoken(hints[name])}")
+        if hints[name] is int and int(value) < 0:
+            raise InvalidInput(f"config.json says {key} is {value}: wanted a number from 0")
         values[name] = value
     taken = {*form.fields.values(), *NEVER}
     other = {key: value for key, value in said.items() if key not in taken}

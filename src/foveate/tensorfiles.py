@@ -14,6 +14,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,16 @@ def _bin(path: Path) -> dict[str, Stored]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InvalidInput(f"{path} holds more than tensors, and opening it could run code: convert it") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}") from None
+    except Exception as error:  # what is wrong in a broken pickle raises anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidInput(f"{path} cannot be read: {reason}") from None
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise InvalidInput(f"{path} holds a {type(found).__name__}: wanted names with a tensor each")
-    return {str(name): Stored(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in found.items()}
+    return {str(name): Stored(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in found.items()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)

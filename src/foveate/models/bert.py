@@ -110,7 +110,7 @@ class Model(nn.Module):
             segments: 1 for tokens of a second text, 0 else; None = 0.
             positions: None = `places(tokens)`.
         """
-        x = self.position(self.places(tokens) if positions is None else positions)
+        x: Tensor = self.position(self.places(tokens) if positions is None else positions)
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         x = self.dropout(self.norm(self.word(tokens) + x))
@@ -131,12 +131,12 @@ class Model(nn.Module):
     def packed(self, tokens: Ids, keep: Bool[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """`model(tokens, fv.padding(keep))` without work for padding, which gives 0: all texts lie in one row."""
         positions = self.places(tokens).expand_as(tokens)[keep]
-        x = self(tokens[keep][None], documents(keep.nonzero()[:, 0]), positions=positions[None])
+        x: Tensor = self(tokens[keep][None], documents(keep.nonzero()[:, 0]), positions=positions[None])
         return x.new_zeros(*keep.shape, x.shape[2]).index_put((keep,), x[0])
 
     def embed(self, tokens: Ids, keep: Bool[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """One vector of length 1 for each text, the mean over its tokens: what sentence-transformers compares."""
-        x = self(tokens, padding(keep)).masked_fill(~keep[..., None], 0)
+        x: Tensor = self(tokens, padding(keep)).masked_fill(~keep[..., None], 0)
         return F.normalize(x.sum(1) / keep.sum(1, keepdim=True).clamp(min=1), dim=-1)
 
     def pool(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch dim"]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.errors import InvalidInput
-from foveate.naming import Format
+from foveate.naming import Format, Names
 from foveate.nn import MultiHeadAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe
@@ -192,7 +192,7 @@ class ImageClassifier(nn.Module):
         return scores
 
 
-NAMES = {
+NAMES: Names = {
     "embeddings.cls_token": "class_token",
     "embeddings.register_tokens": "register_tokens",
     "embeddings.mask_token": "hidden_patch",

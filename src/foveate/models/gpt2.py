@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foveate.cache import GrowingLayer, KeyValueCache
 from foveate.errors import InvalidInput
 from foveate.generation import greedy
-from foveate.naming import Format
+from foveate.naming import Format, Names
 from foveate.nn import MultiHeadAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
@@ -81,7 +81,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, pattern: Pattern, cache: GrowingLayer | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), pattern=pattern, cache=cache))
-        return x + self.dropout(self.down(self.activation(self.up(self.mlp_norm(x)))))
+        y: Tensor = x + self.dropout(self.down(self.activation(self.up(self.mlp_norm(x)))))
+        return y
 
 
 class Model(nn.Module):
@@ -171,8 +172,11 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch length"], *, new: int, keep: Bool[Tensor, "batch length"] | None = None
     ) -> Int[Tensor, "batch longer"]:
         """`foveate.generation.greedy` with this model: the tokens and up to `new` more."""
-        config, cache = self.config, KeyValueCache(self.config.layers)
-        return greedy(self.body, self.head, tokens, cache, new=new, keep=keep, end=config.end, pad=config.pad)
+        config = self.config
+        return greedy(
+            self.body, self.head, tokens, KeyValueCache(config.layers), new=new, keep=keep, end=config.end,
+            pad=config.pad, positions=config.positions,
+        )  # fmt: skip
 
 
 class SequenceClassifier(nn.Module):
@@ -195,7 +199,7 @@ class SequenceClassifier(nn.Module):
         return scores
 
 
-NAMES = {
+NAMES: Names = {
     "wte.weight": "word.weight",
     "wpe.weight": "position.weight",
     "h.*.ln_1.*": "blocks.*.attention_norm.*",
@@ -208,22 +212,11 @@ NAMES = {
 }
 
 FIELDS = {
-    "vocabulary": "vocab_size",
-    "positions": "n_positions",
-    "dim": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "hidden": "n_inner",
-    "activation": "activation_function",
-    "epsilon": "layer_norm_epsilon",
-    "embedding_dropout": "embd_pdrop",
-    "attention_dropout": "attn_pdrop",
-    "dropout": "resid_pdrop",
-    "tied": "tie_word_embeddings",
-    "end": "eos_token_id",
-    "pad": "pad_token_id",
-    "labels": "num_labels",
-}
+    "vocabulary": "vocab_size", "positions": "n_positions", "dim": "n_embd", "layers": "n_layer", "heads": "n_head",
+    "hidden": "n_inner", "activation": "activation_function", "epsilon": "layer_norm_epsilon",
+    "embedding_dropout": "embd_pdrop", "attention_dropout": "attn_pdrop", "dropout": "resid_pdrop",
+    "tied": "tie_word_embeddings", "end": "eos_token_id", "pad": "pad_token_id", "labels": "num_labels",
+}  # fmt: skip
 
 FORMATS = {
     "gpt2": Format(
