@@ -80,13 +80,6 @@ class Result:
     lse: Tensor | None
 
 
-def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, sums stay in the dtype they were given: autocast has cast q, k, v, and is to cast nothing else."""
     kind = device.type
