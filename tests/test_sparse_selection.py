@@ -79,7 +79,7 @@ SIZES = {"length": 4, "stride": 2, "block": 4, "top_k": 4, "first": 1, "local": 
 
 
 def nsa_by_loops(layer: fv.nn.NativeSparseAttention, x: Tensor) -> Tensor:
-    """Yuan et al. 2025, section 3, query by query; the blocks come from `test_selection`'s loops."""
+    """Yuan et al. 2025, section 3, query by query and branch by branch."""
     heads, key_heads, d, group = layer.heads, layer.key_heads, layer.head_dim, layer.heads // layer.key_heads
     n = x.shape[1]
     q = layer.query(x).view(BATCH, n, heads, d)
@@ -104,7 +104,7 @@ def nsa_by_loops(layer: fv.nn.NativeSparseAttention, x: Tensor) -> Tensor:
                         for number, i in enumerate(there):
                             for token in range(2 * i, 2 * i + 4):
                                 if token // 4 < len(worth):
-                                    worth[token // 4] += float(p[number])
+                                    worth[token // 4] += float(p[number].detach())
                 own = t // 4
                 order = sorted(range(own + 1), key=lambda j: -math.inf if j == 0 or j > own - 2 else -worth[j])
                 inside = [s for s in range(t + 1) if s // 4 in order[:4]]

@@ -1,5 +1,45 @@
 """Modules with parameters, built on the functions of `foveate.functional`."""
 
+from foveate.nn.additive import AdditiveAttention, LuongAttention
+from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.decoder import AttentiveDecoder, DecoderState
+from foveate.nn.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
+from foveate.nn.linear import LinearAttention, Performer
+from foveate.nn.mixing import MixerState, ShortConvolution
+from foveate.nn.position import Learned, Rotary, Sinusoidal
+from foveate.nn.pytorch import torch_masks
+from foveate.nn.retention import GatedLinearAttention, LightningAttention, MultiScaleRetention
 from foveate.nn.sparse_selection import Compressor, LightningIndexer, MoBA, NativeSparseAttention
 
-__all__ = ["Compressor", "LightningIndexer", "MoBA", "NativeSparseAttention"]
+__all__ = [
+    "AdditiveAttention",
+    "AttentiveDecoder",
+    "Compressor",
+    "CrossAttention",
+    "DecoderState",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "Glimpses",
+    "KeysValues",
+    "KimiDeltaAttention",
+    "Learned",
+    "LightningAttention",
+    "LightningIndexer",
+    "LinearAttention",
+    "LuongAttention",
+    "MixerState",
+    "MoBA",
+    "MultiHeadAttention",
+    "MultiScaleRetention",
+    "NativeSparseAttention",
+    "Performer",
+    "RecurrentAttentionModel",
+    "Rotary",
+    "SelfAttention",
+    "ShortConvolution",
+    "Sinusoidal",
+    "glimpse",
+    "torch_masks",
+]
