@@ -112,7 +112,7 @@ static int64_t next_stretch(const Wish* wishes, int64_t count, int64_t entries) 
 }
 
 // Up to 64 keys of one query, with pointers to whole vectors of their keys and values.
-struct Chunk {
+struct Handful {
     int64_t count;
     int64_t key[tile];
     const float *k[tile], *v[tile];
@@ -125,21 +125,38 @@ struct Source {
     int64_t place, dim;  // of row 0, in elements
     float* scratch;
 
-    const float* row(int64_t key, int64_t slot) const {
-        const int64_t at = place + key * view->row;
-        if (call->dtype == Dtype::float32 && dim % lanes == 0) return static_cast<const float*>(view->data) + at;
-        float* to = scratch + slot * padded(dim);
-        if (call->dtype == Dtype::float32)
-            memcpy(to, static_cast<const float*>(view->data) + at, sizeof(float) * static_cast<size_t>(dim));
-        else
-            widen_row(static_cast<const uint16_t*>(view->data) + at, to, dim, call->dtype == Dtype::bfloat16);
-        for (int64_t d = dim; d < padded(dim); ++d) to[d] = 0;
-        return to;
+    // Whole vectors of these rows, in place where they are some.
+    void rows(const int64_t* key, int64_t count, const float** to) const {
+        const float* data = static_cast<const float*>(view->data) + place;
+        const uint16_t* halves = static_cast<const uint16_t*>(view->data) + place;
+        const int64_t step = view->row, wide = padded(dim);
+        if (call->dtype == Dtype::float32 && dim % lanes == 0) {
+            for (int64_t n = 0; n < count; ++n) to[n] = data + key[n] * step;
+            return;
+        }
+        for (int64_t n = 0; n < count; ++n) {
+            float* row = scratch + n * wide;
+            if (call->dtype == Dtype::float32)
+                memcpy(row, data + key[n] * step, sizeof(float) * static_cast<size_t>(dim));
+            else
+                widen_row(halves + key[n] * step, row, dim, call->dtype == Dtype::bfloat16);
+            for (int64_t d = dim; d < wide; ++d) row[d] = 0;
+            to[n] = row;
+        }
+    }
+
+    // Memory is asked for rows that will be read.
+    void ask(int64_t first, int64_t end) const {
+        const int64_t size = call->dtype == Dtype::float32 ? 4 : 2;
+        for (int64_t n = first; n < end; ++n) {
+            const char* row = static_cast<const char*>(view->data) + size * (place + n * view->row);
+            for (int64_t byte = 0; byte < size * dim; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        }
     }
 };
 
 // The next keys of a query before entry `end`; `inside`: keys of its current block that are done.
-static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Chunk& chunk) {
+static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Handful& chunk) {
     int64_t n = 0;
     while (n < tile && wish.at < wish.end && wish.list[wish.at] < end) {
         const int64_t block = wish.list[wish.at] * call.chosen.block;
@@ -153,7 +170,7 @@ static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, con
             ++wish.at, inside = 0;
         }
     }
-    for (int64_t at = 0; at < n; ++at) chunk.k[at] = keys.row(chunk.key[at], at), chunk.v[at] = values.row(chunk.key[at], at);
+    keys.rows(chunk.key, n, chunk.k), values.rows(chunk.key, n, chunk.v);
     // The last few keys are worked on as many at a time as all others are.
     for (int64_t at = n; at < (n + lanes - 1) / lanes * lanes; ++at) chunk.k[at] = chunk.k[n - 1], chunk.v[at] = chunk.v[n - 1];
     chunk.count = n;
@@ -273,7 +290,7 @@ static void gathered_scatter(const float* weights, int64_t rows, const float* a,
 }
 
 // Raw scores of one row become binary logarithms of weights; `slopes`: what the cap lets through of a gradient.
-static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Chunk& chunk, float binary,
+static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Handful& chunk, float binary,
                           float* scores, float* slopes) {
     const bool adjusted = adjusts(call);
     const float* distances = call.distances;
@@ -316,7 +333,7 @@ static int64_t gathered_floats(const Call& call, int64_t height) {
 
 static int64_t gathered_bytes(const Call& call) {
     const int64_t height = gathered_height(call), rows = height * shared_rows(call);
-    return 4 * (gathered_floats(call, height) + rows * (padded(call.dim) + padded(call.value_dim) + 2));
+    return 4 * (gathered_floats(call, height) + rows * (padded(call.dim) + padded(call.value_dim) + 1 + lanes));
 }
 
 // One piece of work, made ready.
@@ -339,6 +356,14 @@ struct Gathering {
         scores = room(rows * tile), d_scores = room(rows * tile), slopes = room(rows * tile);
         make_wishes(call, band, rows, lists, Marks(marks, entries_of(call)), wishes);
     }
+
+    // While query t of the tile works on one stretch, its share of the next one is fetched, if most of it will be read.
+    void ask(const Band& band, int64_t next, int64_t stretch, int64_t t) const {
+        const int64_t size = stretch * call.chosen.block, first = next * size, end = least(first + size, call.keys);
+        if (band.count * call.chosen.count < 2 * entries_of(call)) return;
+        const int64_t each = (size + band.count - 1) / band.count, from = first + t * each, to = least(from + each, end);
+        if (to <= wishes[band.count - 1].to) keys.ask(from, to), values.ask(from, to);
+    }
 };
 
 static void gathered(const Call& call, const Band& band, char* scratch) {
@@ -348,29 +373,32 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
     const int64_t rows = piece.rows, wide = piece.wide, value_wide = piece.value_wide, stretch = stretch_of(call, false);
     const float binary = adjusts(call) ? log2e : call.scale * log2e;
     float *q = room(band.count * rows * wide), *out = room(band.count * rows * value_wide);
-    float *base = room(band.count * rows), *total = room(band.count * rows);
+    float *base = room(band.count * rows), *total = room(band.count * rows * lanes);  // of the keys of each lane
     fetch(call, call.q, band, rows, call.dim, q);
     memset(out, 0, sizeof(float) * static_cast<size_t>(band.count * rows * value_wide));
     for (int64_t n = 0; n < band.count * rows; ++n) {
         base[n] = call.sinks ? call.sinks[band.head * rows + n % rows] * log2e : -INFINITY;
-        total[n] = base[n] == -INFINITY ? 0.0f : 1.0f;
+        store(total + n * lanes, Floats{});
+        total[n * lanes] = base[n] == -INFINITY ? 0.0f : 1.0f;
     }
-    Chunk chunk;
+    Handful chunk;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
         for (int64_t t = 0; t < band.count; ++t) {
             int64_t inside = 0;
+            piece.ask(band, at + 1, stretch, t);
             while (take(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, chunk)) {
                 gathered_dots(q + t * rows * wide, rows, wide, chunk.k, chunk.count, piece.scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     float *score = piece.scores + row * tile, *sums = out + (t * rows + row) * value_wide;
                     adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, chunk, binary, score, nullptr);
+                    float &mine = base[t * rows + row], *totals = total + (t * rows + row) * lanes;
                     Floats top = spread(-INFINITY), sum{};
                     for (int64_t n = 0; n < chunk.count; n += lanes) top = larger(load(score + n), top);
-                    float highest = -INFINITY, &mine = base[t * rows + row];
-                    for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
-                    if (highest > mine + slack) {
+                    if (any(top > spread(mine + slack))) {
+                        float highest = -INFINITY;
+                        for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
                         const Floats shrink = power_of_two(spread(mine - highest));
-                        total[t * rows + row] *= shrink[0];
+                        store(totals, load(totals) * shrink);
                         for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * shrink);
                         mine = highest;
                     }
@@ -380,17 +408,17 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
                         store(score + n, weight);
                         sum += weight;
                     }
-                    total[t * rows + row] += sum_of(sum);
+                    store(totals, load(totals) + sum);
                 }
                 gathered_mix(piece.scores, rows, chunk.v, chunk.count, value_wide, out + t * rows * value_wide);
             }
         }
     for (int64_t n = 0; n < band.count * rows; ++n) {
         const int64_t head = band.head * rows + n % rows, query = band.first + n / rows;
-        const float factor = total[n] == 0 ? 0.0f : 1.0f / total[n];
+        const float whole = sum_of(load(total + n * lanes)), factor = whole == 0 ? 0.0f : 1.0f / whole;
         float* sums = out + n * value_wide;
         for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
-        leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[n], total[n]);
+        leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[n], whole);
         leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
     }
 }
@@ -436,7 +464,7 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
         }
     std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
     int64_t done = 0;
-    Chunk chunk;
+    Handful chunk;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
         const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
         for (int64_t t = 0; t < band.count; ++t) {
