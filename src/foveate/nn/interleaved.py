@@ -24,7 +24,7 @@ class ChunkedAttention(SelfAttention):
     """Layer number `layer` of a stack: causal inside chunks with rotary positions, or causal over all without any.
 
     Every `every`-th layer (number 3, 7, 11, … for 4) is of the second kind, and the longer the text the sharper its
-    scores: the query at position n grows by 1 + sharpen · log(1 + ⌊(n + 1) / chunk⌋).
+    scores: the query at position n grows by 1 + sharpen · log(1 + ⌊(n + 1) / sharpen_from⌋).
 
     Args:
         layer: its number in the stack, from 0.
@@ -32,7 +32,7 @@ class ChunkedAttention(SelfAttention):
         every: one layer in so many sees everything.
         norm: q and k of chunked layers get the root mean square 1, so no score is large; Llama 4 Scout has it.
         sharpen: 0 for none.
-        sharpen_from: ⌊(n + 1) / sharpen_from⌋ instead of chunk, if it is another length.
+        sharpen_from: the length from which it does.
         base, scaling: of the rotary positions, which turn pairs (2i, 2i + 1).
         dim, heads, key_heads, head_dim, bias, dropout: as in `SelfAttention`.
 
@@ -58,7 +58,7 @@ class ChunkedAttention(SelfAttention):
         every: int = 4,
         norm: bool = True,
         sharpen: float = 0.1,
-        sharpen_from: int | None = None,
+        sharpen_from: int = 8192,
         base: float = 500000.0,
         scaling: Scaling | None = None,
         key_heads: int | None = None,
@@ -73,11 +73,11 @@ class ChunkedAttention(SelfAttention):
         # No entry of a head is left out by the turn, so a norm before it is a norm after it.
         plain = None if sees_all or not norm else nn.RMSNorm(size, eps, elementwise_affine=False)
         turn = None if sees_all else Rotary(size, base=base, interleaved=True, scaling=scaling)
-        whole(chunk if sharpen_from is None else sharpen_from, "sharpen_from", 1)
+        whole(sharpen_from, "sharpen_from", 1)
         super().__init__(
             dim, heads, key_heads=key_heads, head_dim=head_dim, bias=bias, dropout=dropout,
             rotary=turn, query_norm=plain, key_norm=plain,
-            attend=_Sharpened(sharpen, sharpen_from or chunk) if sees_all and sharpen else attention,
+            attend=_Sharpened(sharpen, sharpen_from) if sees_all and sharpen else attention,
         )  # fmt: skip
         self.sees_all, self.chunk = sees_all, chunk
 
