@@ -126,6 +126,11 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "what it allows, but n² are stored",
         "",
     ),
+    "causal & selected(indices, block=4)": (
+        "The tokens, or here blocks of 4, that a table lists for each query: what selections are made of.",
+        "n·k·block",
+        "[Yuan et al. 2025](https://arxiv.org/abs/2502.11089)",
+    ),
     "longformer(4, [0])": (
         "A window of 4 (2 on each side) and global tokens.",
         "n·(w + 1 + 2g)",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "foveate.cache": ("KeyValueCache",),
+    "foveate.checkpoints": ("from_pretrained", "save_pretrained"),
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
         "additive_attention", "additive_weights", "attention", "attention_with_lse", "dilated_attention", "explain",
@@ -28,15 +30,15 @@ _HOME = {
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
         "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "every", "fixed", "from_mask",
-        "global_tokens", "longformer", "neighborhood", "padding", "prefix", "random_blocks", "rule", "streaming",
-        "strided", "window",
+        "global_tokens", "longformer", "neighborhood", "padding", "pooled", "prefix", "random_blocks", "rule",
+        "selected", "streaming", "strided", "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn", "rotary")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -56,7 +58,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn, rotary
+    from foveate import models, nn, rotary, selection
+    from foveate.cache import KeyValueCache
+    from foveate.checkpoints import from_pretrained, save_pretrained
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
@@ -105,9 +109,11 @@ if TYPE_CHECKING:
         longformer,
         neighborhood,
         padding,
+        pooled,
         prefix,
         random_blocks,
         rule,
+        selected,
         streaming,
         strided,
         window,

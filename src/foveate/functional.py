@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import additive, capture, factorized, hard, hashing, lowrank, merging
+from foveate import additive, capture, factorized, hard, hashing, lowrank, merging, shortcut
 from foveate.dispatch import Choice, choose, dispatch, dispatch_linear
 from foveate.errors import InvalidInput
 from foveate.hard import Chosen
@@ -88,8 +88,15 @@ def attention(
     >>> fv.attention(q, k, v, fv.causal, scale=100.0)[0, 0, 1].round()
     tensor([0., 1., 0.])
     """
+    key = None
+    if score is None and normalizer is None and not dropout and seed is None:
+        key = shortcut.signature(q, k, v, pattern, scale, query_start, backend)
+        if key is not None and (out := shortcut.again(key, q, k, v)) is not None:
+            return out
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=False)
     out = dispatch(call, backend).out
+    if key is not None:
+        shortcut.remember(key, call, backend)
     return out if batched else out[0]
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.blocked import blocks, blockwise, random_blocks
+from foveate.pattern.chosen import selected
 from foveate.pattern.given import from_mask, rule
 from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
-from foveate.pattern.positional import causal, chunks, every, global_tokens, prefix, window
+from foveate.pattern.positional import causal, chunks, every, global_tokens, pooled, prefix, window
 from foveate.values import Held, read, whole
 
 _near = window  # the compositions have an argument called window
@@ -87,6 +88,7 @@ def fixed(stride: int, last: int = 1) -> Pattern:
 NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "causal": causal,
     "window": window,
+    "pooled": pooled,
     "prefix": prefix,
     "chunks": chunks,
     "every": every,
@@ -99,6 +101,7 @@ NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "blockwise": blockwise,
     "rule": rule,
     "from_mask": from_mask,
+    "selected": selected,
 }  # fmt: skip
 
 
@@ -125,9 +128,11 @@ __all__ = [
     "neighborhood",
     "padding",
     "parse",
+    "pooled",
     "prefix",
     "random_blocks",
     "rule",
+    "selected",
     "streaming",
     "strided",
     "window",

@@ -202,6 +202,43 @@ def every(stride: int, last: int = 1) -> Pattern:
     return Every(stride, last)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Pooled(Pattern):
+    """Key j stands for `length` positions from j · stride on, and is seen once the last of them is no later."""
+
+    length: int
+    stride: int
+
+    def visible(self, at: Pairs) -> Tensor:
+        return at.key * self.stride + (self.length - 1) <= at.query
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        ahead = self.length - 1
+        may = tiles.key * self.stride + ahead <= tiles.query_end - 1
+        return may, (tiles.key_end - 1) * self.stride + ahead <= tiles.query
+
+    def write(self, name: Name) -> str:
+        return f"pooled({self.length}, {self.stride})"
+
+
+def pooled(length: int, stride: int | None = None) -> Pattern:
+    """Causality for keys that are each made of `length` positions, `stride` apart (None = length): only whole ones.
+
+    The positions of queries are those of tokens, so give `query_start=` where the keys are fewer than the tokens. The
+    compressed branch of Native Sparse Attention (2502.11089) sees so.
+
+    >>> import foveate as fv
+    >>> print(fv.pooled(2).picture(5, 2, query_start=0))
+    . .
+    1 .
+    1 .
+    1 1
+    1 1
+    """
+    size = whole(length, "pooled's length", 1)
+    return Pooled(size, size if stride is None else whole(stride, "pooled's stride", 1))
+
+
 _FEW = 8  # positions that are compared one by one, which FlexAttention can trace
 
 
