@@ -2,44 +2,60 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.bigbird import BigBirdAttention
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
 from foveate.nn.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
+from foveate.nn.hashing import ReformerAttention
+from foveate.nn.interleaved import ChunkedAttention
+from foveate.nn.latent import LatentAttention
 from foveate.nn.linear import LinearAttention, Performer
+from foveate.nn.longformer import LongformerAttention
+from foveate.nn.lowrank import Linformer, Nystrom
 from foveate.nn.mixing import MixerState, ShortConvolution
 from foveate.nn.position import Learned, Rotary, Sinusoidal
 from foveate.nn.pytorch import torch_masks
 from foveate.nn.retention import GatedLinearAttention, LightningAttention, MultiScaleRetention
 from foveate.nn.sparse_selection import Compressor, LightningIndexer, MoBA, NativeSparseAttention
+from foveate.nn.strided import Fixed, Strided
 
 __all__ = [
     "AdditiveAttention",
     "AttentiveDecoder",
+    "BigBirdAttention",
+    "ChunkedAttention",
     "Compressor",
     "CrossAttention",
     "DecoderState",
     "DeltaNet",
+    "Fixed",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "Glimpses",
     "KeysValues",
     "KimiDeltaAttention",
+    "LatentAttention",
     "Learned",
     "LightningAttention",
     "LightningIndexer",
     "LinearAttention",
+    "Linformer",
+    "LongformerAttention",
     "LuongAttention",
     "MixerState",
     "MoBA",
     "MultiHeadAttention",
     "MultiScaleRetention",
     "NativeSparseAttention",
+    "Nystrom",
     "Performer",
     "RecurrentAttentionModel",
+    "ReformerAttention",
     "Rotary",
     "SelfAttention",
     "ShortConvolution",
     "Sinusoidal",
+    "Strided",
     "glimpse",
     "torch_masks",
 ]
