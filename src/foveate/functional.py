@@ -11,6 +11,9 @@
                         hard attention: one key for each query
     additive_attention, additive_weights, local_attention
                         scores from tanh(q + k); a window around a position that is learned
+    linformer_attention, nystrom_attention
+                        through a fixed number of keys: projected by a learned matrix, or means of segments
+    lsh_attention       among the tokens that a hash puts side by side
     rope                q or k turned by angles that grow with their positions
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
@@ -26,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import additive, capture, hard, shortcut
+from foveate import additive, capture, hard, hashing, lowrank, shortcut
 from foveate.dispatch import Choice, choose, dispatch, dispatch_linear
 from foveate.errors import InvalidInput
 from foveate.hard import Chosen
@@ -524,6 +527,124 @@ def local_attention(
     if isinstance(center, Tensor) and not batched:
         center = center[None]
     out = additive.local(call, center, width, sigma, vector)
+    return out if batched else out[0]
+
+
+def linformer_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    key_projection: Tensor,
+    value_projection: Tensor | None = None,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention to `size` learned mixtures of the keys: softmax(scale · q·(E·k)ᵀ)·(F·v), in time queries · size.
+
+    Args:
+        key_projection: E, `[size, n]` or `[key heads, size, n]`; a text shorter than n reads its first columns.
+        value_projection: F, of the same size; None = E.
+        pattern: None, or `padding(…)`: hidden keys count as zeros. A mixture knows the whole text: nothing causal.
+        scale: the factor before the softmax; None = dim^-½.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more than n keys; size is larger than n.
+
+    Wang et al. 2020, equation 7: https://arxiv.org/abs/2006.04768
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = k = v = torch.randn(1, 2, 100, 8)
+    >>> fv.linformer_attention(q, k, v, torch.randn(16, 128)).shape
+    torch.Size([1, 2, 100, 8])
+    """
+    call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = lowrank.linformer(call, key_projection, value_projection)
+    return out if batched else out[0]
+
+
+def nystrom_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    landmarks: int = 64,
+    iterations: int = 6,
+    convolution: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Softmax attention by Nyström's method, in time (queries + keys) · landmarks.
+
+        softmax(q·k̃ᵀ)·Z·(softmax(q̃·kᵀ)·v) + convolution(v),    Z ≈ the inverse of softmax(q̃·k̃ᵀ)
+
+    q̃ and k̃ are the means of `landmarks` segments of nearly equal length; Z comes from `iterations` of a method of order
+    four. With as many landmarks as queries or keys the result is softmax attention itself.
+
+    Args:
+        pattern: None, or `padding(…)`, in self-attention of keys and queries alike. A mean knows the whole text:
+            nothing causal.
+        convolution: the weights of a depthwise convolution of v along the text, `[key heads, odd size]`.
+        scale: the factor before the softmax; None = dim^-½.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`, or the convolution does not fit.
+
+    Xiong et al. 2021, equation 14 and section 3.3: https://arxiv.org/abs/2102.03902
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = k = v = torch.randn(1, 2, 100, 8)
+    >>> fv.nystrom_attention(q, k, v, landmarks=16, convolution=torch.randn(2, 33)).shape
+    torch.Size([1, 2, 100, 8])
+    """
+    call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = lowrank.nystrom(call, landmarks, iterations, convolution)
+    return out if batched else out[0]
+
+
+def lsh_attention(
+    qk: Float[Tensor, "*batch heads length dim"],
+    v: Float[Tensor, "*batch heads length value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    chunk: int = 64,
+    buckets: int | tuple[int, ...] | None = None,
+    rounds: int = 1,
+    rotations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """Reformer's attention: softmax(scale · x_i·x_j/‖x_j‖)·v over the tokens that a hash puts near each other.
+
+    A round hashes by argmax([x·R; −x·R]), sorts the tokens by bucket, cuts the order into chunks, and lets a token see
+    its own chunk and the one before; a token sees itself only where it meets no other. Rounds are merged by their
+    log-sum-exp, so a key that is met twice counts twice. A text of one chunk is plain attention. Time and memory grow
+    with length · chunk · rounds.
+
+    Args:
+        qk: queries and keys in one, and one head of v for each of its heads.
+        pattern: any pattern, by the positions in the text; tokens hidden from themselves (padding) are sorted last.
+        chunk: tokens in a chunk.
+        buckets: an even number, or several whose product counts; None = about 2 · length / chunk.
+        rounds: hashes, each with its own R; more of them miss fewer pairs.
+        rotations: the R's, `[heads, dim, rounds, Σ buckets / 2]`; None draws them, normally distributed.
+        generator: what draws them; None = torch's default one.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; odd buckets; rotations of another shape.
+
+    Kitaev et al. 2020: https://arxiv.org/abs/2001.04451
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> x, v = torch.randn(2, 1, 2, 1000, 16).unbind()
+    >>> fv.lsh_attention(x, v, fv.causal, chunk=32, rounds=2).shape
+    torch.Size([1, 2, 1000, 16])
+    """
+    call, batched = _problem(qk, qk, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = hashing.lsh(call, chunk, hashing.hash_of(call, chunk, buckets, rounds, rotations, generator))
     return out if batched else out[0]
 
 

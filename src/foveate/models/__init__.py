@@ -1,0 +1,16 @@
+"""Models that people use, one readable file per family; docs/models-of-our-own.md says how such a file is written."""
+
+import importlib
+
+from foveate.naming import Format
+
+# The `model_type` of config.json → the file that computes it.
+FAMILIES = {
+    "gpt2": "gpt2",
+}
+
+
+def formats(kind: str) -> dict[str, Format]:
+    """How each kind of model of one file is written, by its `model_type`."""
+    found: dict[str, Format] = importlib.import_module(f"foveate.models.{FAMILIES[kind]}").FORMATS
+    return found
