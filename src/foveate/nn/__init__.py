@@ -2,25 +2,38 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.block import Block, FeedForward, GatedFeedForward, PostNorm, PreNorm
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
 from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
 from foveate.nn.position import Learned, Rotary, Sinusoidal
 from foveate.nn.pytorch import torch_masks
+from foveate.nn.seq2seq import Seq2Seq, inverse_sqrt_rate
+from foveate.nn.transformer import Decoder, Encoder, Transformer
 
 __all__ = [
     "AdditiveAttention",
     "AttentiveDecoder",
+    "Block",
     "CrossAttention",
+    "Decoder",
     "DecoderState",
+    "Encoder",
+    "FeedForward",
+    "GatedFeedForward",
     "Glimpses",
     "KeysValues",
     "Learned",
     "LuongAttention",
     "MultiHeadAttention",
+    "PostNorm",
+    "PreNorm",
     "RecurrentAttentionModel",
     "Rotary",
     "SelfAttention",
+    "Seq2Seq",
     "Sinusoidal",
+    "Transformer",
     "glimpse",
+    "inverse_sqrt_rate",
     "torch_masks",
 ]

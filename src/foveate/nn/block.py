@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -125,8 +125,9 @@ class PreNorm(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch length dim"], *given: Any, **named: Any) -> Tensor:
-        out: Tensor = self.part(self.norm(x), *given, **named)
-        return x + self.dropout(out if self.after is None else self.after(out))
+        change = self.part(self.norm(x), *given, **named)
+        out: Tensor = x + self.dropout(change if self.after is None else self.after(change))
+        return out
 
 
 class PostNorm(nn.Module):
@@ -211,7 +212,7 @@ class Block(nn.Module):
         made = cls.paper(
             attention.embed_dim, attention.num_heads, layer.linear1.out_features,
             reads_context=isinstance(layer, nn.TransformerDecoderLayer), pre_norm=layer.norm_first,
-            activation=cast(Activation, copy.deepcopy(layer.activation)), epsilon=layer.norm1.eps,
+            activation=copy.deepcopy(layer.activation), epsilon=layer.norm1.eps,
             bias=layer.linear1.bias is not None, dropout=layer.dropout.p,
         ).to(weight)  # fmt: skip
         made.load_state_dict(layer.state_dict())
@@ -248,5 +249,5 @@ class Block(nn.Module):
         if self.cross is not None:
             more = {} if context_score is None else {"score": context_score}
             x = self.cross(x, context, context_pattern, **more)
-        x = self.feed_forward(x)
-        return x
+        out: Tensor = self.feed_forward(x)
+        return out
