@@ -107,13 +107,20 @@ def test_the_loss_is_the_paper_s_sum() -> None:
     near(of_baseline, -2 * (earned - baseline.detach()) / 6)  # fitted by the square alone
 
 
+def test_the_baseline_teaches_nothing_but_itself() -> None:
+    model = RecurrentAttentionModel(1, 3, dim=10)
+    taken = model(torch.rand(2, 1, 9, 9))
+    slopes = torch.autograd.grad(taken.baseline.sum(), [model.critic.weight, *model.parameters()], allow_unused=True)
+    assert [slope is not None for slope in slopes].count(True) == 3  # the critic's weight, and again, and its bias
+
+
 def test_eval_mode_never_draws_and_training_follows_its_generator() -> None:
-    model = RecurrentAttentionModel(2, 4, glimpses=3, size=4, scales=2, dim=10)
+    model = RecurrentAttentionModel(2, 4, glimpses=3, size=4, scales=2, dim=10, sigma=1.0)
     images = torch.rand(5, 2, 9, 12)
     first, second = (model(images, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first.locations, model(images, generator=torch.Generator().manual_seed(2)).locations)
-    assert first.locations.abs().max() <= 1
+    assert first.locations.abs().max() == 1  # what is drawn outside of the image is looked at on its edge
     model.eval()
     before = torch.get_rng_state()
     seen = model(images)
