@@ -2,6 +2,7 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.block import Block, FeedForward, GatedFeedForward, PostNorm, PreNorm
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
 from foveate.nn.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
@@ -10,14 +11,21 @@ from foveate.nn.mixing import MixerState, ShortConvolution
 from foveate.nn.position import Learned, Rotary, Sinusoidal
 from foveate.nn.pytorch import torch_masks
 from foveate.nn.retention import GatedLinearAttention, LightningAttention, MultiScaleRetention
+from foveate.nn.seq2seq import Seq2Seq, inverse_sqrt_rate
+from foveate.nn.transformer import Decoder, Encoder, Transformer
 
 __all__ = [
     "AdditiveAttention",
     "AttentiveDecoder",
+    "Block",
     "CrossAttention",
+    "Decoder",
     "DecoderState",
     "DeltaNet",
+    "Encoder",
+    "FeedForward",
     "GatedDeltaNet",
+    "GatedFeedForward",
     "GatedLinearAttention",
     "Glimpses",
     "KeysValues",
@@ -30,11 +38,16 @@ __all__ = [
     "MultiHeadAttention",
     "MultiScaleRetention",
     "Performer",
+    "PostNorm",
+    "PreNorm",
     "RecurrentAttentionModel",
     "Rotary",
     "SelfAttention",
+    "Seq2Seq",
     "ShortConvolution",
     "Sinusoidal",
+    "Transformer",
     "glimpse",
+    "inverse_sqrt_rate",
     "torch_masks",
 ]
