@@ -52,7 +52,7 @@ def images(count: int) -> tuple[Tensor, ...]:
 
 LENGTH, COUNT = torch.export.Dim("length", min=2, max=64), torch.export.Dim("count", min=2, max=64)
 TEXT = {"tokens": {1: LENGTH}, "keep": {1: LENGTH}}
-SIZES = {"dim": 48, "layers": 2, "heads": 6, "hidden": 59}
+SIZES = {"dim": 48, "layers": 1, "heads": 6, "hidden": 59}
 MODELS = {
     "bert": Used(
         lambda: Padded(bert.MaskedWords(bert.Config(97, 64, **SIZES))), "model.body.blocks", texts, TEXT
@@ -115,7 +115,7 @@ def test_under_autocast_it_attends_in_bfloat16_and_is_near(used: Used) -> None:
     model = used.make().eval()
     with torch.autocast("cpu", torch.bfloat16), fv.watch(model) as seen:
         found = model(*used.inputs(13))
-    assert [call.q.dtype for call in seen.calls] == [torch.bfloat16] * 2
+    assert [call.q.dtype for call in seen.calls] == [torch.bfloat16]
     true = model(*used.inputs(13)).detach()
     torch.testing.assert_close(found.float(), true, atol=0.03 * float(true.abs().max()), rtol=0)
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients(model, found))

@@ -10,6 +10,7 @@ import transformers as hf
 from parity import Case, check
 from torch import Tensor, nn
 
+import foveate as fv
 from foveate.models import dinov2, vit
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 12, "patch_size": 4,
