@@ -3,6 +3,13 @@
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
 from foveate.nn.bigbird import BigBirdAttention
+from foveate.nn.block import (
+    Block,
+    FeedForward,
+    GatedFeedForward,
+    PostNorm,
+    PreNorm,
+)
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
 from foveate.nn.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from foveate.nn.glimpse import Glimpses, RecurrentAttentionModel, glimpse
@@ -16,20 +23,27 @@ from foveate.nn.mixing import MixerState, ShortConvolution
 from foveate.nn.position import Learned, Rotary, Sinusoidal
 from foveate.nn.pytorch import torch_masks
 from foveate.nn.retention import GatedLinearAttention, LightningAttention, MultiScaleRetention
+from foveate.nn.seq2seq import Seq2Seq, inverse_sqrt_rate
 from foveate.nn.sparse_selection import Compressor, LightningIndexer, MoBA, NativeSparseAttention
 from foveate.nn.strided import Fixed, Strided
+from foveate.nn.transformer import Decoder, Encoder, Transformer
 
 __all__ = [
     "AdditiveAttention",
     "AttentiveDecoder",
     "BigBirdAttention",
+    "Block",
     "ChunkedAttention",
     "Compressor",
     "CrossAttention",
+    "Decoder",
     "DecoderState",
     "DeltaNet",
+    "Encoder",
+    "FeedForward",
     "Fixed",
     "GatedDeltaNet",
+    "GatedFeedForward",
     "GatedLinearAttention",
     "Glimpses",
     "KeysValues",
@@ -49,13 +63,18 @@ __all__ = [
     "NativeSparseAttention",
     "Nystrom",
     "Performer",
+    "PostNorm",
+    "PreNorm",
     "RecurrentAttentionModel",
     "ReformerAttention",
     "Rotary",
     "SelfAttention",
+    "Seq2Seq",
     "ShortConvolution",
     "Sinusoidal",
     "Strided",
+    "Transformer",
     "glimpse",
+    "inverse_sqrt_rate",
     "torch_masks",
 ]
