@@ -2,6 +2,8 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.axial import AxialRotary, MultimodalRotary
+from foveate.nn.bias import ALiBi, RelativeBias
 from foveate.nn.block import Block, FeedForward, GatedFeedForward, PostNorm, PreNorm
 from foveate.nn.decoder import AttentiveDecoder, DecoderState
 from foveate.nn.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
@@ -15,8 +17,10 @@ from foveate.nn.seq2seq import Seq2Seq, inverse_sqrt_rate
 from foveate.nn.transformer import Decoder, Encoder, Transformer
 
 __all__ = [
+    "ALiBi",
     "AdditiveAttention",
     "AttentiveDecoder",
+    "AxialRotary",
     "Block",
     "CrossAttention",
     "Decoder",
@@ -37,10 +41,12 @@ __all__ = [
     "MixerState",
     "MultiHeadAttention",
     "MultiScaleRetention",
+    "MultimodalRotary",
     "Performer",
     "PostNorm",
     "PreNorm",
     "RecurrentAttentionModel",
+    "RelativeBias",
     "Rotary",
     "SelfAttention",
     "Seq2Seq",
