@@ -2,6 +2,8 @@
 
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
+from foveate.nn.axial import AxialRotary, MultimodalRotary
+from foveate.nn.bias import ALiBi, RelativeBias
 from foveate.nn.bigbird import BigBirdAttention
 from foveate.nn.block import (
     Block,
@@ -29,8 +31,10 @@ from foveate.nn.strided import Fixed, Strided
 from foveate.nn.transformer import Decoder, Encoder, Transformer
 
 __all__ = [
+    "ALiBi",
     "AdditiveAttention",
     "AttentiveDecoder",
+    "AxialRotary",
     "BigBirdAttention",
     "Block",
     "ChunkedAttention",
@@ -60,6 +64,7 @@ __all__ = [
     "MoBA",
     "MultiHeadAttention",
     "MultiScaleRetention",
+    "MultimodalRotary",
     "NativeSparseAttention",
     "Nystrom",
     "Performer",
@@ -67,6 +72,7 @@ __all__ = [
     "PreNorm",
     "RecurrentAttentionModel",
     "ReformerAttention",
+    "RelativeBias",
     "Rotary",
     "SelfAttention",
     "Seq2Seq",
