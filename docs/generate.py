@@ -126,6 +126,11 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "what it allows, but n² are stored",
         "",
     ),
+    "causal & selected(indices, block=4)": (
+        "The tokens, or here blocks of 4, that a table lists for each query: what selections are made of.",
+        "n·k·block",
+        "[Yuan et al. 2025](https://arxiv.org/abs/2502.11089)",
+    ),
     "longformer(4, [0])": (
         "A window of 4 (2 on each side) and global tokens.",
         "n·(w + 1 + 2g)",
@@ -135,6 +140,27 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "A window of blocks, the first and the last block global, and random blocks.",
         "about n·block·(w + 4 + r)",
         "[Zaheer et al. 2020](https://arxiv.org/abs/2007.14062)",
+    ),
+    "pooled(4)": (
+        "Causality for keys that stand for 4 positions each, here only 4 of them: a key counts once it is past as a whole.",
+        "n²/2·stride",
+        "[Yuan et al. 2025](https://arxiv.org/abs/2502.11089)",
+    ),
+    "every(4)": (
+        "The last key of every 4, for everyone: places that can sum up what came before them.",
+        "n²/s",
+        "",
+    ),
+    "strided(4)": (
+        "The last 4 keys, and every fourth before: in two steps everybody reaches everybody. For what repeats, as the "
+        "rows of a picture do.",
+        "n·(s + n/2s)",
+        "[Child et al. 2019](https://arxiv.org/abs/1904.10509), section 4.3",
+    ),
+    "fixed(4)": (
+        "The own block of 4, and the last key of every block before. For text.",
+        "n·(s/2 + n/2s)",
+        "[Child et al. 2019](https://arxiv.org/abs/1904.10509), section 4.3",
     ),
     "streaming(2, 4)": (
         "The first 2 keys, which act as sinks for weight, and a causal window of 4.",

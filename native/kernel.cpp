@@ -52,6 +52,7 @@ namespace UNIT {
 #include "backward_pairs.hpp"
 #include "score_gradients.hpp"
 #include "decode.hpp"
+#include "gathered.hpp"
 #include "looked.hpp"
 #include "linear_chunk.hpp"
 #include "linear_forward.hpp"
@@ -91,6 +92,8 @@ const Kernel NAMED(kernel_, UNIT) = {
     UNIT::any_backward_bytes, UNIT::any_backward,
     UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
     UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
+    UNIT::gathered_bytes, UNIT::gathered_height, UNIT::gathered_units, UNIT::gathered,
+    UNIT::gathered_backward_bytes, UNIT::gathered_backward,
     UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,
     UNIT::linear_bytes, UNIT::linear, UNIT::linear_backward_bytes, UNIT::linear_backward,
 };

@@ -39,7 +39,7 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
                              const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages,
                              float softcap, const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias,
                              int64_t sinks, int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
-                             const std::array<int64_t, 6>& tiles) {
+                             const std::array<int64_t, 6>& tiles, const std::array<int64_t, 9>& selection) {
     foveate::Call call{};
     call.dtype = static_cast<foveate::Dtype>(dtype);
     call.q = view(q), call.k = view(k), call.v = view(v), call.out = view(out);
@@ -63,6 +63,10 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);
     call.partial = address<const int64_t>(tiles[2]), call.bits = address<const uint64_t>(tiles[3]);
     call.tile_batch = tiles[4], call.tile_heads = tiles[5];
+    call.chosen.indices = address<const void>(selection[0]);
+    for (int n = 0; n < 3; ++n) call.chosen.strides[n] = selection[n + 1];
+    call.chosen.count = selection[4], call.chosen.block = selection[5], call.chosen.heads = selection[6];
+    call.chosen.wide = selection[7] == 8, call.chosen.outside = address<int32_t>(selection[8]);
     return call;
 }
 
@@ -72,10 +76,10 @@ static auto bound(void (*function)(const foveate::Call&, const foveate::Kernel&,
                       const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages, float softcap,
                       const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
                       int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
-                      const std::array<int64_t, 6>& tiles, const std::string& kernel, int threads, More... more) {
+                      const std::array<int64_t, 6>& tiles, const std::array<int64_t, 9>& selection, const std::string& kernel, int threads, More... more) {
         const foveate::Kernel& chosen = kernel_of(kernel);
         const foveate::Call call = call_of(dtype, q, k, v, out, lse, sizes, scale, pages, softcap, distances, bias, sinks,
-                                           seed, dropout, reach, tiles);
+                                           seed, dropout, reach, tiles, selection);
         nb::gil_scoped_release release;
         function(call, chosen, threads, more...);
     };

@@ -63,12 +63,21 @@ def leaf_makers() -> dict[str, object]:
         grid = (-(-call.last // size), -(-call.keys // size))
         return fv.blocks(flags((call.heads, *grid), generator, 0.4), size)
 
+    def selection(draw: st.DrawFn, call: Call, generator: torch.Generator, block: int) -> Pattern:
+        shape = draw(st.sampled_from([1, call.batch])), draw(st.sampled_from([1, call.heads]))
+        rows, k = draw(st.sampled_from([1, call.queries])), draw(st.integers(0, 5))
+        return fv.selected(
+            torch.randint(-1, -(-call.keys // block), (*shape, rows, k), generator=generator), block=block
+        )
+
     return {
         "causal": lambda d, c, g: fv.causal,
         "window": lambda d, c, g: fv.window(d(small), step=d(st.integers(1, 3))),
         "window sides": lambda d, c, g: fv.window(left=d(small), right=d(st.none() | small)),
         "chunks": lambda d, c, g: fv.chunks(d(small)),
         "neighborhood": lambda d, c, g: fv.neighborhood(d(small), d(small)),
+        "window stride": lambda d, c, g: fv.window(left=d(st.none() | small), right=d(small), step=d(small)),
+        "every": lambda d, c, g: fv.every(*sorted((d(small), d(small)), reverse=True)),
         "prefix": lambda d, c, g: fv.prefix(d(st.integers(0, 9))),
         "prefix tensor": lambda d, c, g: fv.prefix(torch.randint(0, 9, (c.batch,), generator=g)),
         "documents": lambda d, c, g: fv.documents(ids(c, g, c.last, d(st.sampled_from([1, 2])))),
@@ -83,6 +92,9 @@ def leaf_makers() -> dict[str, object]:
         "blockwise": lambda d, c, g: fv.blockwise(fv.window(2) & ~fv.chunks(2) | fv.global_tokens((0, -1)), d(small)),
         "rule": lambda d, c, g: fv.rule(odd_rule),
         "from_mask": lambda d, c, g: fv.from_mask(flags((c.batch, 1, c.queries, c.keys), g, 0.3)),
+        "pooled": lambda d, c, g: fv.pooled(d(small), d(small)),
+        "selected": lambda d, c, g: selection(d, c, g, 1),
+        "selected blocks": lambda d, c, g: selection(d, c, g, d(small)),
         "streaming": lambda d, c, g: fv.streaming(d(small), d(small)),
         "longformer": lambda d, c, g: fv.longformer(d(small), (0, -1)),
         "bigbird": lambda d, c, g: fv.bigbird(d(small), random=1),

@@ -33,6 +33,8 @@ LENGTHS = [3, 6]
 _random = torch.Generator().manual_seed(11)
 GRID = torch.rand(BATCH, HEADS, 9, 9, generator=_random) < 0.4
 MASK = torch.rand(BATCH, HEADS, 9, 9, generator=_random) < 0.4
+CHOSEN = torch.randint(-9, 9, (BATCH, HEADS, 9, 4), generator=_random).clamp(min=-1)  # some are none
+CHOSEN[..., 3] = CHOSEN[..., 0]  # and one is listed twice
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,15 @@ CASES: dict[str, Case] = {
             q == k >= 3
             or (min(q, k) >= 1 and abs((q - 1) // 4 - (k - 1) // 4) <= 2 and abs((q - 1) % 4 - (k - 1) % 4) <= 2)
         ),
+    ),
+    "every(3)": Case(lambda n, m: fv.every(3), lambda b, h, i, q, k, m: k in (2, 5, 8)),
+    "every(4, 2)": Case(lambda n, m: fv.every(4, 2), lambda b, h, i, q, k, m: k in (2, 3, 6, 7)),
+    "strided": Case(
+        lambda n, m: fv.strided(3), lambda b, h, i, q, k, m: q - k in (0, 1, 2) or q - k in range(3, 99, 3)
+    ),
+    "fixed": Case(
+        lambda n, m: fv.fixed(3, 2),
+        lambda b, h, i, q, k, m: k <= q and (k // 3 == q // 3 or k in (1, 2, 4, 5, 7, 8)),
     ),
     "prefix(2)": Case(lambda n, m: fv.prefix(2), lambda b, h, i, q, k, m: k < 2),
     "prefix(0)": Case(lambda n, m: fv.prefix(0), lambda b, h, i, q, k, m: False),
@@ -140,6 +151,20 @@ CASES: dict[str, Case] = {
     ),
     "from_mask 4-D": Case(
         lambda n, m: fv.from_mask(MASK[:, :, :n, :m]), lambda b, h, i, q, k, m: bool(MASK[b, h, i, k])
+    ),
+    "pooled(1)": Case(lambda n, m: fv.pooled(1), lambda b, h, i, q, k, m: k <= q),
+    "pooled(3, 2)": Case(lambda n, m: fv.pooled(3, 2), lambda b, h, i, q, k, m: 2 * k + 2 <= q),
+    "selected": Case(
+        lambda n, m: fv.selected(CHOSEN[:, :1, :n].clamp(max=m - 1)),
+        lambda b, h, i, q, k, m: k in CHOSEN[b, 0, i].clamp(max=m - 1).tolist(),
+    ),
+    "selected by heads": Case(
+        lambda n, m: fv.selected(CHOSEN[:1, :, :n].clamp(max=m - 1).int()),
+        lambda b, h, i, q, k, m: k in CHOSEN[0, h, i].clamp(max=m - 1).tolist(),
+    ),
+    "selected blocks": Case(
+        lambda n, m: fv.causal & fv.selected((CHOSEN[:, :1, :1] // 3).clamp(min=-1, max=(m - 1) // 3), block=3),
+        lambda b, h, i, q, k, m: k <= q and k // 3 in (CHOSEN[b, 0, 0] // 3).clamp(max=(m - 1) // 3).tolist(),
     ),
     "streaming": Case(lambda n, m: fv.streaming(1, 2), lambda b, h, i, q, k, m: k <= q and (k < 1 or q - k < 2)),
     "longformer": Case(lambda n, m: fv.longformer(4, (1,)), lambda b, h, i, q, k, m: abs(q - k) <= 2 or 1 in (q, k)),

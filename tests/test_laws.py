@@ -38,6 +38,11 @@ PATTERNS = {
     "random blocks": fv.random_blocks(2, 11, seed=1),
     "streaming": fv.streaming(3, 19),
     "mask": fv.from_mask(torch.rand(BATCH, 1, QUERIES, KEYS, generator=torch.Generator().manual_seed(5)) > 0.7),
+    "selected": fv.selected(
+        torch.randint(-1, KEYS, (BATCH, KEY_HEADS, QUERIES, 13), generator=torch.Generator().manual_seed(6))
+    ),
+    "selected blocks": fv.causal
+    & fv.selected(torch.randint(-1, 12, (1, HEADS, QUERIES, 3), generator=torch.Generator().manual_seed(7)), block=13),
     "rule": fv.rule(lambda batch, head, query, key: (query + key * (head + 1)) % 3 == batch % 2),
     "nothing": ~fv.prefix(KEYS),
     "complement": ~fv.window(9),

@@ -5,7 +5,22 @@ import sys
 
 import pytest
 import torch
-from oracle import BATCH, CASES, GLOBAL, HEADS, IDS, KEEP, MASK, OFFSETS, Case, attended, expected, odd_rule, pairs
+from oracle import (
+    BATCH,
+    CASES,
+    CHOSEN,
+    GLOBAL,
+    HEADS,
+    IDS,
+    KEEP,
+    MASK,
+    OFFSETS,
+    Case,
+    attended,
+    expected,
+    odd_rule,
+    pairs,
+)
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import foveate as fv
@@ -15,7 +30,7 @@ from foveate.pattern.catalogue import parse
 BACKENDS = ("reference", "chunked")
 WITHOUT_TENSORS = [
     fv.causal, fv.window(1), fv.window(5), fv.window(3, step=2), fv.window(left=4, right=None), fv.window(right=2),
-    fv.window(left=6, right=6, step=4), fv.chunks(7), fv.prefix(3), fv.global_tokens([0, -1]),
+    fv.window(left=6, right=6, step=4), fv.chunks(7), fv.prefix(3), fv.pooled(5), fv.pooled(6, 2), fv.global_tokens([0, -1]),
     fv.random_blocks(2, 5, 3), fv.blockwise(fv.causal & ~fv.window(2), 4), fv.streaming(2, 5), fv.longformer(8),
     fv.bigbird(4), ~(fv.causal | fv.prefix(2)), ~fv.causal & (fv.window(3) | fv.prefix(1)),
     fv.causal & fv.window(2) | ~fv.chunks(3), (fv.causal | fv.chunks(2)) & (fv.window(3) | fv.prefix(1)),
@@ -31,6 +46,8 @@ WITH_TENSORS = {
     "blocks(<bool 9×9>, 4)": fv.blocks(MASK[0, 0], 4),
     "from_mask(<bool 2×3×9×9>)": fv.from_mask(MASK),
     "rule(odd_rule)": fv.rule(odd_rule),
+    "selected(<int64 2×3×9×4>)": fv.selected(CHOSEN),
+    "causal & ~selected(<int64 2×3×9×4>, block=5)": fv.causal & ~fv.selected(CHOSEN, block=5),
     "causal & (from_mask(<bool 9×9>) | ~rule(odd_rule))": fv.causal & (fv.from_mask(MASK[0, 0]) | ~fv.rule(odd_rule)),
 }
 
@@ -216,7 +233,8 @@ def test_a_pattern_is_a_mask_mod_of_flex_attention(name):
     pattern = CASES[name].make(queries, keys)
     want = pattern.dense(queries, keys, query_start=0, batch=BATCH, heads=HEADS)
     needs_keys = "last" in name or ("global" in name and "blockwise" in name) or name == "bigbird"
-    bare = bare_function(pattern.mask_mod(0, keys)) if needs_keys else pattern
+    needs_keys = needs_keys or "by heads" in name
+    bare = bare_function(pattern.mask_mod(0, keys, HEADS)) if needs_keys else pattern
     assert (create_mask(bare, BATCH, HEADS, queries, keys, device="cpu") == want).all()
     tiles = create_block_mask(bare, BATCH, HEADS, queries, keys, device="cpu", BLOCK_SIZE=2)
     some = torch.nn.functional.pad(want, (0, 1, 0, 1)).unfold(2, 2, 2).unfold(3, 2, 2).any((-1, -2))
@@ -232,5 +250,5 @@ def test_mask_mod_shifts_the_queries(name, start):
     queries, keys = 5, 7
     given = torch.tensor(start) if isinstance(start, list) else start
     pattern = CASES[name].make(queries, keys)
-    made = create_mask(bare_function(pattern.mask_mod(given, keys)), BATCH, HEADS, queries, keys, device="cpu")
+    made = create_mask(bare_function(pattern.mask_mod(given, keys, HEADS)), BATCH, HEADS, queries, keys, device="cpu")
     assert pairs(made) == expected(CASES[name], queries, keys, start)

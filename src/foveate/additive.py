@@ -82,7 +82,7 @@ def local(call: Problem, center: Tensor, width: int, sigma: float | None, vector
         index = (p - reach).ceil().long() + torch.arange(2 * reach + 1, device=q.device)
         near = (index <= p + reach) & (index >= 0) & (index < keys)
         box = call.pairs((batch, slice(0, heads), rows, slice(0, keys)))
-        at = Pairs(box.batch, box.head, box.row, box.query, index.clamp(0, keys - 1), keys)
+        at = Pairs(box.batch, box.head, box.row, box.query, index.clamp(0, keys - 1), keys, heads=heads)
         if call.pattern is not None:
             near = near & call.pattern.visible(at)
         place = torch.arange(k.shape[0], device=q.device).view(-1, 1, 1, 1), box.head // call.group, at.key

@@ -119,7 +119,9 @@ def _by_rows(problem: Problem, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | 
     for part in rows.split(max(1, _ENTRIES_AT_ONCE // max(1, batch * heads * keys))):
         with without_autocast(problem.q.device):
             scores = raw_scores(problem.q.index_select(2, part).to(wide), k) * problem.scale
-            at = Pairs(whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys)
+            at = Pairs(
+                whole.batch, whole.head, whole.row[:, :, part], whole.query[:, :, part], whole.key, keys, heads=heads
+            )
             shares, visible, lse = normalized(problem, scores, at)
         yield shares, visible, shares.new_full(shares.shape[:3], math.nan) if lse is None else lse
 

@@ -74,7 +74,7 @@ class LinearProblem:
             s, z = state[..., :-1], state[..., -1]
             if is_known(total) and bool((total < 0).any()):
                 raise InvalidInput(
-                    f"a normaliser is {float(total.min()):.3g}: wanted a feature map whose products φ(q)·φ(k) are "
+                    f"a normaliser is {total.min().item():.3g}: wanted a feature map whose products φ(q)·φ(k) are "
                     "never negative, such as elu_plus_one, or normalize=False"
                 )
             empty = total == 0
@@ -113,7 +113,7 @@ def linear_problem(
         scale = 1.0 if normalize or not q.shape[3] else 1 / math.sqrt(q.shape[3])  # under a normaliser it cancels
     if not isinstance(scale, int | float):
         raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
-    resets, skipped = _documents(documents, q, k, causal)
+    resets, skipped = _documents(documents, k, causal)
     with without_autocast(q.device):
         if skipped is not None:  # what a skipped position holds never matters, not even to a feature's gradient
             q, k, v = (x.masked_fill(skipped[:, None, :, None], 0) for x in (q, k, v))
@@ -219,20 +219,15 @@ def _extremes(x: Tensor) -> tuple[float, float]:
     return low, top
 
 
-def _documents(
-    documents: Tensor | Pattern | None, q: Tensor, k: Tensor, causal: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(where the state is emptied, which positions are passed over), `[1 or B, N]` each."""
-    if documents is None:
-        return None, None
+def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.device) -> Tensor:
+    """The document of every step, `[1 or batch, steps]`, negative for none; raises `InvalidInput`."""
     if isinstance(documents, Tensor):
         documents = by_ids(documents)
-    steps = k.shape[2]
     match documents:
         case Documents(ids=ids):
             ids = ids if ids.dim() == 2 else ids[None]
             reasons = row_misfit(
-                documents, ids, Extent(k.shape[0], None, steps, steps, None, k.device), steps, "steps", exact=True
+                documents, ids, Extent(batch, None, steps, steps, None, device), steps, "steps", exact=True
             )
         case PackedDocuments():
             ids, reasons = documents.cu_seqlens, []
@@ -242,14 +237,23 @@ def _documents(
                 if isinstance(documents, Pattern)
                 else f"documents is a {type(documents).__name__}: wanted ids [batch, steps], or documents(cu_seqlens=)"
             )
-    if ids.device != k.device:
-        reasons.append(f"{documents!r} has a tensor on {ids.device} but k is on {k.device}: move it")
-    if not causal:
-        reasons.append("documents need causal=True: without it every query reads the one state after the last step")
+    if ids.device != device:
+        reasons.append(f"{documents!r} has a tensor on {ids.device} but k is on {device}: move it")
     if reasons:
         raise InvalidInput("; ".join(reasons))
     if isinstance(documents, PackedDocuments):
-        ids = documents.number(torch.arange(steps, device=k.device))[None]
+        ids = documents.number(torch.arange(steps, device=device))[None]
+    return ids
+
+
+def _documents(documents: Tensor | Pattern | None, k: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(where the state is emptied, which positions are passed over), `[1 or B, N]` each."""
+    if documents is None:
+        return None, None
+    steps = k.shape[2]
+    ids = step_ids(documents, k.shape[0], steps, k.device)
+    if not causal:
+        raise InvalidInput("documents need causal=True: without it every query reads the one state after the last step")
     # The last step before each that belongs to a document; the given state belongs to the first one.
     place = torch.arange(steps, device=k.device).expand_as(ids)
     last = torch.where(ids >= 0, place, -1).cummax(1).values

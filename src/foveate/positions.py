@@ -12,7 +12,8 @@ from torch import Tensor
 class Pairs:
     """Index tensors that broadcast against each other; `query` is the position, `row` the place in q.
 
-    `query = row + query_start`. `keys` is how many keys there are, None where nobody said (a bare mask_mod).
+    `query = row + query_start`. `keys` and `heads` are how many keys and query heads there are, None where nobody said
+    (a bare mask_mod).
     `box` says the same as batch, head, row and key where these are contiguous: it reads a matrix without a copy.
     """
 
@@ -23,6 +24,7 @@ class Pairs:
     key: Tensor
     keys: int | None = None
     box: tuple[slice, slice, slice, slice] | None = None
+    heads: int | None = None
 
     def of(self, table: Tensor) -> Tensor:
         """The entries of `[batch, heads, queries, keys]` at these pairs; a dimension of size 1 stands for all."""
@@ -95,4 +97,5 @@ def grid(
         key=torch.arange(k.start, k.stop, device=device).view(1, 1, 1, -1),
         keys=keys,
         box=box or all_of,
+        heads=heads,
     )

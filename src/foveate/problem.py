@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def is_transformed(self) -> bool:
-        """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
+        """Whether something is at work that sees no operator."""
         return is_transformed()
 
     @property

@@ -169,7 +169,7 @@ def _block_table(pattern: Pattern, row: Row) -> Callable[[Tensor, Tensor, Tensor
     size = row.block
     head = torch.arange(row.heads).view(1, -1, 1, 1)
     query, key = (torch.arange(0, row.keys, size).view(1, 1, *shape) for shape in ((-1, 1), (1, -1)))
-    at = Pairs(torch.zeros(1, 1, 1, 1, dtype=torch.int64), head, query, query, key, row.keys)
+    at = Pairs(torch.zeros(1, 1, 1, 1, dtype=torch.int64), head, query, query, key, row.keys, heads=row.heads)
     blocks = row.keys // size
     table = pattern.visible(at).broadcast_to(1, row.heads, blocks, blocks)[0].contiguous()
     return lambda b, h, query, key: table[h, query // size, key // size]

@@ -128,7 +128,7 @@ def _visible(pattern: Pattern | None, row: Row, rows: Tensor) -> Tensor | None:
     at = rows.view(1, 1, -1, 1)
     batch, head = torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.arange(row.heads).view(1, -1, 1, 1)
     key = torch.arange(row.keys).view(1, 1, 1, -1)
-    return pattern.visible(Pairs(batch, head, at, at + row.keys - row.queries, key, row.keys))
+    return pattern.visible(Pairs(batch, head, at, at + row.keys - row.queries, key, row.keys, heads=row.heads))
 
 
 def _rounding(dtype: torch.dtype, true: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
 from foveate.primitives import readable
-from foveate.softmax.native import _DTYPES, _matrix
+from foveate.softmax.native import _DTYPES, NO_LISTS, _matrix
 
 try:
     from foveate import _native
@@ -197,7 +197,7 @@ def _call(plan: Plan, scale: float | None, out: Tensor, lse: Tensor) -> tuple[ob
     return (
         _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
         (batch, heads, key_heads, queries, keys, dim, value_dim), 1 / math.sqrt(dim) if scale is None else scale,
-        (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, "",
+        (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, NO_LISTS, "",
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -90,12 +90,12 @@ class Pattern:
         """FlexAttention's mask_mod, with queries that start at position 0; see `mask_mod` to shift them."""
         return self.visible(Pairs(batch, head, query, query, key))
 
-    def mask_mod(self, query_start: int | Tensor = 0, keys: int | None = None) -> MaskMod:
-        """A mask_mod whose first query stands at `query_start` (an int, or [batch]), among `keys` keys."""
+    def mask_mod(self, query_start: int | Tensor = 0, keys: int | None = None, heads: int | None = None) -> MaskMod:
+        """A mask_mod whose first query stands at `query_start` (an int, or [batch]), of `keys` keys and query heads."""
 
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             start = query_start[batch] if isinstance(query_start, Tensor) else query_start
-            return self.visible(Pairs(batch, head, query, query + start, key, keys))
+            return self.visible(Pairs(batch, head, query, query + start, key, keys, heads=heads))
 
         return mask_mod
 
@@ -141,9 +141,16 @@ class Pattern:
         return self.visible(at).broadcast_to(batch, heads, queries, keys)
 
     def picture(
-        self, queries: int, keys: int, *, query_start: int | Tensor | None = None, batch: int = 0, head: int = 0
+        self,
+        queries: int,
+        keys: int,
+        *,
+        query_start: int | Tensor | None = None,
+        batch: int = 0,
+        head: int = 0,
+        heads: int | None = None,
     ) -> str:
-        """The matrix as text, a row for each query: 1 may attend, · a dot may not.
+        """The matrix of one head (of `heads`) as text, a row for each query: 1 may attend, · a dot may not.
 
         >>> import foveate as fv
         >>> print((fv.causal & fv.window(2)).picture(3, 3))
@@ -152,8 +159,8 @@ class Pattern:
         . 1 1
         """
         box = slice(batch, batch + 1), slice(head, head + 1), slice(0, queries), slice(0, keys)
-        self._check(None, None, queries, keys, query_start)
-        at = grid(batch + 1, head + 1, queries, keys, query_start, device_of(self), box)
+        self._check(None, heads, queries, keys, query_start)
+        at = grid(batch + 1, heads or head + 1, queries, keys, query_start, device_of(self), box)
         seen = self.visible(at).broadcast_to(1, 1, queries, keys)[0, 0]
         return "\n".join(" ".join("1" if one else "." for one in row) for row in seen.tolist())
 

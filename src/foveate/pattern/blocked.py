@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.ranges import hashed
+from foveate.pattern.ranges import count_inside, hashed
 from foveate.positions import Extent, Pairs, Tiles
 from foveate.values import Name, describe, whole
 
@@ -102,22 +102,10 @@ class Blocks(Pattern):
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         table = self._full()
-        rows, columns = table.shape[-2:]
-        # A summed-area table: the open blocks above and left of a corner, so those of any rectangle by four look-ups.
-        opened = torch.nn.functional.pad(table.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
-        batch = tiles.batch if table.shape[0] > 1 else torch.zeros_like(tiles.batch)
-        head = tiles.head if table.shape[1] > 1 else torch.zeros_like(tiles.head)
         top, bottom = tiles.query // self.block, (tiles.query_end - 1) // self.block + 1
         left, right = tiles.key // self.block, (tiles.key_end - 1) // self.block + 1
         area = (bottom - top) * (right - left)
-        top, bottom = top.clamp(0, rows), bottom.clamp(0, rows)
-        left, right = left.clamp(0, columns), right.clamp(0, columns)
-        count = (
-            opened[batch, head, bottom, right]
-            - opened[batch, head, top, right]
-            - opened[batch, head, bottom, left]
-            + opened[batch, head, top, left]
-        )
+        count = count_inside(table, tiles.batch, tiles.head, (top, bottom), (left, right))
         return count > 0, count == area
 
     def misfits(self, extent: Extent) -> list[str]:
@@ -153,7 +141,10 @@ class Blockwise(Pattern):
 
     def visible(self, at: Pairs) -> Tensor:
         size, keys = self.block, None if at.keys is None else -(-at.keys // self.block)
-        return self.pattern.visible(Pairs(at.batch, at.head, at.row // size, at.query // size, at.key // size, keys))
+        at = Pairs(
+            at.batch, at.head, at.row // size, at.query // size, at.key // size, keys, heads=at.heads
+        )  # fmt: skip
+        return self.pattern.visible(at)
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         def up(end: Tensor) -> Tensor:

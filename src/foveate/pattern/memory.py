@@ -15,9 +15,9 @@ from torch import Tensor
 
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.given import FromMask
+from foveate.pattern.listed import build
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
-from foveate.pattern.tiling import build
 from foveate.positions import starts
 
 _TABLES = 1 << 22  # bytes of tables that are copied for an entry; larger ones are cheaper to summarise than to keep

@@ -12,6 +12,26 @@ def count_in(table: Tensor, batch: Tensor, first: Tensor, end: Tensor) -> Tensor
     return before[row, end.clamp(0, length)] - before[row, first.clamp(0, length)]
 
 
+def count_inside(
+    table: Tensor, batch: Tensor, head: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]
+) -> Tensor:
+    """How many entries of the boolean table `[batch or 1, heads or 1, rows, columns]` are True in each rectangle.
+
+    A summed-area table has what is above and left of a corner, so any rectangle is four look-ups.
+    """
+    sums = torch.nn.functional.pad(table.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+    batch = batch if table.shape[0] > 1 else torch.zeros_like(batch)
+    head = head if table.shape[1] > 1 else torch.zeros_like(head)
+    top, bottom = (row.clamp(0, table.shape[2]) for row in rows)
+    left, right = (column.clamp(0, table.shape[3]) for column in columns)
+    return (
+        sums[batch, head, bottom, right]
+        - sums[batch, head, top, right]
+        - sums[batch, head, bottom, left]
+        + sums[batch, head, top, left]
+    )
+
+
 def extremes_in(table: Tensor, batch: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and the highest entry of table `[batch, length]` in [first, end), by doubling.
 

@@ -8,6 +8,7 @@ pair is asked for: a diagonal or the edge of a block touches few of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,10 @@ _ASKED_AT_ONCE = 1 << 20  # pairs asked for one by one, with their index tensors
 
 
 @dataclass(frozen=True)
-class _Plane:
-    """The call: its pattern, its sizes over the batch rows and heads that differ, and where its queries start."""
+class Plane:
+    """The call: its pattern (None: all), its sizes over the batch rows and heads that differ, its first positions."""
 
-    pattern: Pattern
+    pattern: Pattern | None
     batch: int
     heads: int
     queries: int
@@ -39,7 +40,7 @@ class _Plane:
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
     """Squares of `size` pairs in a grid: (batch, head, row, column) of each, and `label`, what it belongs to."""
 
     size: int
@@ -49,15 +50,18 @@ class _Cells:
     column: Tensor
     label: Tensor
 
-    def __getitem__(self, chosen: Tensor) -> _Cells:
+    def __getitem__(self, chosen: Tensor) -> Cells:
         members = (self.batch, self.head, self.row, self.column, self.label)
-        return _Cells(self.size, *(member[chosen] for member in members))
+        return Cells(self.size, *(member[chosen] for member in members))
 
-    def bounds(self, plane: _Plane) -> tuple[Tensor, Tensor]:
+    def bounds(self, plane: Plane) -> tuple[Tensor, Tensor]:
         """(may, must) of every cell."""
         if len(self.row) == 0:
             nothing = torch.zeros_like(self.row, dtype=torch.bool)
             return nothing, nothing
+        if plane.pattern is None:
+            everything = torch.ones_like(self.row, dtype=torch.bool)
+            return everything, everything
         first, first_key = self.row * self.size, self.column * self.size
         end = (first + self.size).clamp(max=plane.queries)
         end_key = (first_key + self.size).clamp(max=plane.keys)
@@ -65,7 +69,7 @@ class _Cells:
         tiles = Tiles(self.batch, self.head, first, end, first + shift, end + shift, first_key, end_key, plane.keys)
         return plane.pattern.bounds(tiles)
 
-    def split(self, plane: _Plane) -> _Cells:
+    def split(self, plane: Plane) -> Cells:
         """Four cells of half the size for each, without those that lie outside the call."""
         device, size = self.row.device, self.size // 2
         down, right = torch.tensor([0, 0, 1, 1], device=device), torch.tensor([0, 1, 0, 1], device=device)
@@ -73,9 +77,9 @@ class _Cells:
         row = (self.row[:, None] * 2 + down).flatten()
         column = (self.column[:, None] * 2 + right).flatten()
         inside = (row * size < plane.queries) & (column * size < plane.keys)
-        return _Cells(size, batch, head, row, column, label)[inside]
+        return Cells(size, batch, head, row, column, label)[inside]
 
-    def visible(self, plane: _Plane) -> Tensor:
+    def visible(self, plane: Plane) -> Tensor:
         """Every pair of every cell, `[cells, size, size]`; pairs outside the call are not visible."""
         inside = torch.arange(self.size, device=self.row.device)
         rows = (self.row[:, None] * self.size + inside)[:, :, None]
@@ -83,6 +87,7 @@ class _Cells:
         # Clamped, so that no lookup leaves its table, and then masked away.
         row, key = rows.clamp(max=plane.queries - 1), columns.clamp(max=plane.keys - 1)
         batch, head = self.batch[:, None, None], self.head[:, None, None]
+        assert plane.pattern is not None
         at = Pairs(batch, head, row, row + plane.shift(self.batch)[:, None, None], key, plane.keys)
         seen = plane.pattern.visible(at).broadcast_to(len(self.row), self.size, self.size)
         return seen & (rows < plane.queries) & (columns < plane.keys)
@@ -95,20 +100,20 @@ def build(pattern: Pattern, batch: int, heads: int, queries: int, keys: int, sta
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         offsets = torch.zeros(1, 1, -(-queries // tile) + 1, dtype=torch.int64, device=device)
         return Summary(queries, keys, tile, offsets, nothing, nothing, _pack(nothing.bool().view(0, 1, 1), tile))
-    plane = _Plane(pattern, *_extent(pattern, batch, heads, keys, start), queries, keys, start)
+    plane = Plane(pattern, *extent(pattern, batch, heads, keys, start), queries, keys, start)
     size = tile << max(0, math.ceil(math.log2(max(queries, keys) / tile)))
     b, h = torch.meshgrid(
         torch.arange(plane.batch, device=device), torch.arange(plane.heads, device=device), indexing="ij"
     )
-    cells = _Cells(size, b.flatten(), h.flatten(), *(torch.zeros_like(b).flatten() for _ in range(3)))
+    cells = Cells(size, b.flatten(), h.flatten(), *(torch.zeros_like(b).flatten() for _ in range(3)))
     may, full = cells.bounds(plane)
     while cells.size > tile:
         cells = cells[may].split(plane)
         may, full = cells.bounds(plane)
-    return _in_rows(plane, cells[may], full[may], tile)
+    return in_rows(plane, cells[may], full[may], tile, paint)
 
 
-def _extent(pattern: Pattern, batch: int, heads: int, keys: int, start: Tensor) -> tuple[int, int]:
+def extent(pattern: Pattern, batch: int, heads: int, keys: int, start: Tensor) -> tuple[int, int]:
     """Over how many batch rows and heads the pattern really differs: the shape of its answer for one pair."""
     device = start.device
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
@@ -119,12 +124,13 @@ def _extent(pattern: Pattern, batch: int, heads: int, keys: int, start: Tensor) 
         query=zero + start.view(-1, 1, 1, 1),
         key=zero,
         keys=keys,
+        heads=heads,
     )
     shape = (1, 1, 1, 1, *pattern.visible(at).shape)[-4:]
     return shape[0], shape[1]
 
 
-def _in_rows(plane: _Plane, tiles: _Cells, full: Tensor, tile: int) -> Summary:
+def in_rows(plane: Plane, tiles: Cells, full: Tensor, tile: int, paint: Callable[[Plane, Cells], Tensor]) -> Summary:
     """Sort the tiles into rows, paint those that may be partial, and drop or promote what turns out uniform."""
     tile_rows = -(-plane.queries // tile)
     place = (tiles.batch * plane.heads + tiles.head) * tile_rows + tiles.row
@@ -133,7 +139,7 @@ def _in_rows(plane: _Plane, tiles: _Cells, full: Tensor, tile: int) -> Summary:
     keep = torch.ones_like(full)
     packed: list[Tensor] = []
     for part in (~full).nonzero().flatten().split(max(1, _PAINTED_AT_ONCE // tile**2)):
-        seen = _paint(plane, tiles[part])
+        seen = paint(plane, tiles[part])
         count = seen.flatten(1).sum(1)
         height = (plane.queries - tiles.row[part] * tile).clamp(max=tile)
         width = (plane.keys - tiles.column[part] * tile).clamp(max=tile)
@@ -148,11 +154,11 @@ def _in_rows(plane: _Plane, tiles: _Cells, full: Tensor, tile: int) -> Summary:
     return Summary(plane.queries, plane.keys, tile, offsets, column, partial, bits)
 
 
-def _paint(plane: _Plane, tiles: _Cells) -> Tensor:
+def paint(plane: Plane, tiles: Cells) -> Tensor:
     """Every pair of some tiles, `[tiles, tile, tile]`: full cells at once, and undecided ones pair by pair."""
     count, tile = len(tiles.row), tiles.size
     canvas = torch.zeros(count, tile, tile, dtype=torch.bool, device=tiles.row.device)
-    cells = _Cells(tile, tiles.batch, tiles.head, tiles.row, tiles.column, torch.arange(count, device=canvas.device))
+    cells = Cells(tile, tiles.batch, tiles.head, tiles.row, tiles.column, torch.arange(count, device=canvas.device))
     while cells.size > _CELL and cells.size % 2 == 0:
         cells = cells.split(plane)
         may, must = cells.bounds(plane)
@@ -160,14 +166,19 @@ def _paint(plane: _Plane, tiles: _Cells) -> Tensor:
         cells = cells[may & ~must]
     for part in torch.arange(len(cells.row), device=canvas.device).split(max(1, _ASKED_AT_ONCE // cells.size**2)):
         _fill(canvas, cells[part], cells[part].visible(plane))
-    # A cell that was filled at once may reach over the end of the call.
+    return within(canvas, plane, tiles)  # a cell that was filled at once may reach over the end of the call
+
+
+def within(canvas: Tensor, plane: Plane, tiles: Cells) -> Tensor:
+    """The canvas without the pairs that lie outside the call; changed in place."""
+    tile = tiles.size
     inside = torch.arange(tile, device=canvas.device)
     canvas &= (tiles.row[:, None] * tile + inside < plane.queries)[:, :, None]
     canvas &= (tiles.column[:, None] * tile + inside < plane.keys)[:, None, :]
     return canvas
 
 
-def _fill(canvas: Tensor, cells: _Cells, seen: Tensor) -> None:
+def _fill(canvas: Tensor, cells: Cells, seen: Tensor) -> None:
     """Write cells into the tiles that their labels name."""
     across = canvas.shape[1] // cells.size
     grid = canvas.view(-1, across, cells.size, across, cells.size).permute(0, 1, 3, 2, 4)

@@ -16,6 +16,7 @@ def gallery() -> list[Example]:
     """(the expression as one would type it, the pattern), for 16 queries and 16 keys."""
     ids = torch.tensor([0] * 5 + [1] * 4 + [2] * 7)
     matrix = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(2, 1)
+    chosen = torch.tensor([(row % 3, row // 4) for row in range(16)]).view(1, 1, 16, 2)
     return [
         ("causal", fv.causal),
         ("window(3)", fv.window(3)),
@@ -36,8 +37,13 @@ def gallery() -> list[Example]:
         ("blockwise(window(2), 4)", fv.blockwise(fv.window(2), 4)),
         ("rule(lambda b, h, q, k: (q + k) % 3 == 0)", fv.rule(_every_third())),
         ("from_mask(mask)", fv.from_mask(torch.arange(256).view(16, 16) % 7 < 3)),
+        ("causal & selected(indices, block=4)", fv.causal & fv.selected(chosen, block=4)),
         ("longformer(4, [0])", fv.longformer(4, [0])),
         ("bigbird(2, random=1)", fv.bigbird(2, random=1)),
+        ("every(4)", fv.every(4)),
+        ("pooled(4)", fv.pooled(4)),
+        ("strided(4)", fv.strided(4)),
+        ("fixed(4)", fv.fixed(4)),
         ("streaming(2, 4)", fv.streaming(2, 4)),
         ("causal & ~window(3)", fv.causal & ~fv.window(3)),
     ]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.errors import unsupported
-from foveate.pattern.crossing import cannot_cross, tiles, written
+from foveate.errors import InvalidInput, unsupported
+from foveate.pattern.crossing import cannot_cross, listed, tiles, written
+from foveate.pattern.lists import Lists
 from foveate.pattern.reach import reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
@@ -37,6 +38,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
 _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
+NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
 
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which the kernels cannot compute this."""
@@ -179,26 +181,44 @@ class _Call:
         sinks = None if self.score is None or self.score.sinks is None else self.score.sinks.logits
         self.pages = (0, 0, 0) if pages is None else (self._hold(pages.table), pages.table.shape[1], pages.size)
         self.sinks = 0 if sinks is None else self._hold(sinks.float())
+        self.outside = torch.zeros(1, dtype=torch.int32)
 
     def _hold(self, x: Tensor) -> int:
         """The address of a contiguous tensor, which lives as long as this does."""
         self.alive.append(x.contiguous())
         return self.alive[-1].data_ptr()
 
-    def arguments(self, out: Tensor, lse: Tensor, rest: Tensor | None = None) -> tuple[Any, ...]:
+    def lists(self, gradients: Sequence[bool] = ()) -> Lists | None:
+        """The keys that every query chose, if the pattern is that and the kernel gathers; None: tiles are as good.
+
+        It has no dropout and no bias tensor, and no `gradients` of what depends on distance.
+        """
+        given, (batch, heads, _, queries, keys) = self.given, self.sizes[:5]
+        terms = self.score.biases if self.score else ()
+        wanted = any(wish for term, wish in zip(terms, gradients, strict=False) if hasattr(term, "collect"))
+        if self.bias is not None or given.dropout or wanted or self.pages[0]:
+            return None
+        return listed(given.pattern, given.held, batch, heads, queries, keys, self.position)
+
+    def arguments(
+        self, out: Tensor, lse: Tensor, rest: Tensor | None = None, lists: Lists | None = None
+    ) -> tuple[Any, ...]:
         """What `_native.forward` and its kin take first."""
         q, k, v = self.alive[:3]
         given, bias, distances = self.given, self.bias, self.distances
         batch, heads, _, queries, keys = self.sizes[:5]
         tiles_at = (0, 0, 0, 0, 1, 1)
-        if given.pattern:
+        limits, chosen_at = (given.lengths, given.left, given.right), NO_LISTS
+        if lists is not None:
+            limits, chosen_at = self._chosen(lists)
+        elif given.pattern:
             summary = tiles(given.pattern, given.held, batch, heads, queries, keys, self.position, TILE)
             assert summary is not None
             parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
             tiles_at = (*map(self._hold, parts), summary.batch, summary.heads)  # type: ignore[assignment]
         reach_at = (
             0 if given.starts is None else self._hold(given.starts.long().expand(batch)), given.start,
-            0 if given.lengths is None else self._hold(given.lengths.long()), given.left, given.right,
+            0 if limits[0] is None else self._hold(limits[0].long()), *limits[1:],
         )  # fmt: skip
         return (
             self.dtype, _matrix(q), _matrix(k), _matrix(v), _matrix(out),
@@ -206,9 +226,26 @@ class _Call:
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
             (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
-            self.sinks, given.seed, given.dropout, reach_at, tiles_at, given.kernel,
+            self.sinks, given.seed, given.dropout, reach_at, tiles_at, chosen_at, given.kernel,
             given.threads or torch.get_num_threads(),
         )  # fmt: skip
+
+    def _chosen(self, lists: Lists) -> tuple[tuple[Tensor | None, int, int], tuple[int, ...]]:
+        """(lengths, left, right), and where the lists are."""
+        self.alive += [lists.indices, self.outside]
+        table = lists.indices
+        sides = (_NO_LIMIT if side is None else min(side, _FAR) for side in (lists.reach.left, lists.reach.right))
+        return (lists.reach.lengths, *sides), (  # type: ignore[return-value]
+            table.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
+            self.outside.data_ptr(),
+        )  # fmt: skip
+
+    def check_lists(self) -> None:
+        """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
+        if self.outside:
+            raise InvalidInput(
+                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+            )
 
     def _distances(self) -> Tensor | None:
         """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
@@ -243,7 +280,8 @@ def _forward(
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
-        _native.forward(*call.arguments(out, lse, rest))
+        _native.forward(*call.arguments(out, lse, rest, call.lists()))
+        call.check_lists()
     return out, lse, rest
 
 
@@ -270,7 +308,7 @@ def _backward(
             d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous()), _matrix(d_out), d_lse.data_ptr(),
+            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out), d_lse.data_ptr(),
             (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
