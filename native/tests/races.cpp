@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <thread>
 
-#include "cases.hpp"
+#include "linear_cases.hpp"
 
 using namespace foveate;
 using namespace foveate::tests;
@@ -49,6 +49,38 @@ Results started(const Case& in) {
     return found;
 }
 
+bool same(const LinearResults& a, const LinearResults& b) {
+    return !std::memcmp(a.out.data.get(), b.out.data.get(), size_t(a.out.bytes)) && same(a.last, b.last) && same(a.dq, b.dq) &&
+           same(a.dk, b.dk) && same(a.dv, b.dv) && same(a.d_decay, b.d_decay) && same(a.d_beta, b.d_beta) &&
+           same(a.d_state, b.d_state);
+}
+
+// Linear attention from several callers; how many results differ from those of one thread.
+int races_of_linear(const Kernel& kernel) {
+    std::vector<std::unique_ptr<LinearCase>> cases;
+    for (uint64_t seed = 0; cases.size() < size_t(calls_of_a_kind); ++seed) {
+        auto made = std::make_unique<LinearCase>(seed);
+        if (double(made->batch * made->heads * made->steps) * double(made->dim * made->width) > 1e6) cases.push_back(std::move(made));
+    }
+    std::vector<LinearResults> alone;
+    for (const auto& in : cases) alone.emplace_back(*in), alone.back().run(*in, kernel, 1);
+    std::atomic<int> wrong{0};
+    const auto caller = [&](size_t first) {
+        for (size_t n = 0; n < cases.size(); ++n) {
+            const size_t which = (first + n) % cases.size();
+            LinearResults found(*cases[which]);
+            found.run(*cases[which], kernel, threads);
+            if (same(found, alone[which])) continue;
+            ++wrong;
+            std::printf("WRONG: %s, linear: %s\n", kernel.name, cases[which]->text().c_str());
+        }
+    };
+    std::vector<std::thread> others;
+    for (size_t n = 0; n < callers; ++n) others.emplace_back(caller, n);
+    for (std::thread& other : others) other.join();
+    return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -80,6 +112,7 @@ int main() {
         std::vector<std::thread> others;
         for (size_t n = 0; n < callers; ++n) others.emplace_back(caller, n * cases.size() / callers);
         for (std::thread& other : others) other.join();
+        wrong += races_of_linear(kernel);
         std::printf("%s: %d callers, %d threads each, %zu calls\n", kernel.name, callers, threads,
                     callers * repeats * cases.size());
     }
