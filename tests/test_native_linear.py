@@ -114,7 +114,9 @@ def test_every_size_is_the_recurrence(gate: str, dim: int, width: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_dtype_keeps_within_the_budget_on_every_kernel(dtype: torch.dtype, kernel: str) -> None:
     for gate, delta_rule in (("by step", True), ("by channel", False)):
-        problem = linear_problem(**call(83, gate, delta_rule=delta_rule), state=given_state(), documents=IDS[0].tile(2)[:83])
+        problem = linear_problem(
+            **call(83, gate, delta_rule=delta_rule), state=given_state(), documents=IDS[0].tile(2)[:83]
+        )
         assert_linear_within_budget(on(kernel), problem, dtype)
 
 
@@ -170,7 +172,14 @@ def test_what_is_broken_reaches_no_earlier_row_and_no_other_document(gate: str, 
         found = results(on(kernel), replace(problem, delta_rule=True), torch.float32)
         assert not found["out"][0, GROUP : 2 * GROUP, 30:68].isfinite().all(-1).any()  # until its document ends
         assert found["last"].isfinite().all()
-        for part in ("out", "q", "k", "v", "beta", *(["decay"] if gate.startswith("by ") and gate != "by head" else [])):
+        for part in (
+            "out",
+            "q",
+            "k",
+            "v",
+            "beta",
+            *(["decay"] if gate.startswith("by ") and gate != "by head" else []),
+        ):
             reached = torch.zeros_like(found[part], dtype=torch.bool)
             # Gradients go backwards to the document's first step, 24.
             reached[0, GROUP : 2 * GROUP if part in ("out", "q") else 2, (30 if part == "out" else 24) : 68] = True
