@@ -234,7 +234,7 @@ class _Call:
         table = lists.indices
         sides = (_NO_LIMIT if side is None else min(side, _FAR) for side in (lists.reach.left, lists.reach.right))
         return (lists.reach.lengths, *sides), (  # type: ignore[return-value]
-            table.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
+            table.data_ptr() or self.outside.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
             self.outside.data_ptr(),
         )  # fmt: skip
 
