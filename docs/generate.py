@@ -141,6 +141,22 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "about n·block·(w + 4 + r)",
         "[Zaheer et al. 2020](https://arxiv.org/abs/2007.14062)",
     ),
+    "every(4)": (
+        "The last key of every 4, for everyone: places that can sum up what came before them.",
+        "n²/s",
+        "",
+    ),
+    "strided(4)": (
+        "The last 4 keys, and every fourth before: in two steps everybody reaches everybody. For what repeats, as the "
+        "rows of a picture do.",
+        "n·(s + n/2s)",
+        "[Child et al. 2019](https://arxiv.org/abs/1904.10509), section 4.3",
+    ),
+    "fixed(4)": (
+        "The own block of 4, and the last key of every block before. For text.",
+        "n·(s/2 + n/2s)",
+        "[Child et al. 2019](https://arxiv.org/abs/1904.10509), section 4.3",
+    ),
     "streaming(2, 4)": (
         "The first 2 keys, which act as sinks for weight, and a causal window of 4.",
         "n·(first + w)",

@@ -90,6 +90,10 @@ struct Looked {
     std::atomic<int64_t>* passed;
 };
 
+struct Linear;  // linear.hpp has these
+struct LinearGradients;
+struct Columnar;
+
 // Rows of tiles that one piece of work takes: what it prepares of a tile of keys serves all of them.
 struct Band {
     int64_t batch, head, first, count;  // in tile rows
@@ -118,6 +122,10 @@ struct Kernel {
     int64_t (*looked_bytes)(const Looked&);
     void (*rows_looked)(const Looked&, const Band&, char* scratch);
     void (*keys_received)(const Looked&, const Band&, int64_t turn, int64_t turns, char* scratch);
+    int64_t (*linear_bytes)(const Linear&, int64_t columns);
+    void (*linear)(const Linear&, const Columnar&, char* scratch);
+    int64_t (*linear_backward_bytes)(const Linear&, int64_t columns);
+    void (*linear_backward)(const LinearGradients&, const Columnar&, char* scratch);
 };
 
 inline int64_t start_of(const Call& call, int64_t batch) { return call.starts ? call.starts[batch] : call.start; }

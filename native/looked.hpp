@@ -11,33 +11,45 @@ static int64_t looked_bytes(const Looked& looked) {
     return 4 * (shared + tile * (4 + 2 * looked.top) + tile * lanes);
 }
 
-// The heaviest scores of one row so far, falling; a new one finds its place from the end.
-static inline void insert(float* heaviest, int32_t* places, int64_t top, float score, int32_t place) {
-    int64_t at = top - 1;
-    for (; at > 0 && heaviest[at - 1] < score; --at) heaviest[at] = heaviest[at - 1], places[at] = places[at - 1];
-    heaviest[at] = score, places[at] = place;
+// The heaviest scores of the rows in the lanes so far, falling; a new one finds its place from the end.
+static inline void insert(float* heaviest, int32_t* places, int64_t top, Floats score, int32_t place) {
+    float* const keys = reinterpret_cast<float*>(places);  // only moved, lane by lane
+    const Floats key = floats_of(Ints{} + place);
+    for (int64_t at = (top - 1) * lanes; at >= 0; at -= lanes) {
+        const Floats kept = load(heaviest + at), its_key = load(keys + at);
+        const Ints rises = score > kept;
+        if (!any(rises)) return;
+        if (at < (top - 1) * lanes) {
+            store(heaviest + at + lanes, rises ? kept : load(heaviest + at + lanes));
+            store(keys + at + lanes, rises ? its_key : load(keys + at + lanes));
+        }
+        store(heaviest + at, rises ? score : kept);
+        store(keys + at, rises ? key : its_key);
+    }
 }
 
 static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
     const Call& call = looked.call;
     const int64_t dim = call.dim, top = looked.top, key_head = band.head / (call.heads / call.key_heads);
     const bool adjusted = adjusts(call);
+    const float sign = !adjusted && call.scale < 0 ? -1.0f : 1.0f;
+    const Floats binary = spread(adjusted ? log2e : sign * call.scale * log2e);
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *q = room(tile * dim);
-    // For every row: base and sum of weights, sum of weight · (score − base), the score that a new one has to exceed.
-    float *base = room(tile), *total = room(tile), *moment = room(tile), *least_kept = room(tile);
-    float* heaviest = room(tile * top);
+    // For every row: base and sum of weights, sum of weight · (score − base).
+    float *base = room(tile), *total = room(tile), *moment = room(tile);
+    float* heaviest = room(tile * top);  // of the rows in the lanes from n on: [n / lanes][top][lanes]
     int32_t* places = reinterpret_cast<int32_t*>(room(tile * top));
+    const auto entry = [top](int64_t row, int64_t n) { return row / lanes * lanes * top + n * lanes + row % lanes; };
     for (int64_t r = band.first; r < band.first + band.count; ++r) {
         Columns mine = columns_of(call, band.batch, band.head, r);
         const int64_t active = (mine.rows + lanes - 1) / lanes;
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, 1, q);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, sign, q);
         const bool sinks = call.sinks && call.sinks[band.head] != -INFINITY;
         for (int row = 0; row < tile; ++row) {
             base[row] = sinks ? call.sinks[band.head] * log2e : -INFINITY;
             total[row] = sinks, moment[row] = 0;
-            least_kept[row] = row < mine.rows ? -INFINITY : INFINITY;
         }
         for (int64_t n = 0; n < tile * top; ++n) heaviest[n] = -INFINITY, places[n] = -1;
         for (; !mine.done(); mine.next()) {
@@ -46,21 +58,18 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
             const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
             dot_products(k, keys, q, dim, active, scores);
             if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
-            const Floats binary = spread(adjusted ? log2e : call.scale * log2e);
-            for (int64_t n = 0; n < active * lanes; n += lanes)  // the scale may be negative: multiply first
-                for (int64_t key = 0; key < keys; ++key) store(scores + key * tile + n, load(scores + key * tile + n) * binary);
             uint64_t seen[tile];
             if (mine.hides(seen)) hide(scores, seen, keys, active);
             for (int64_t n = 0; n < active * lanes; n += lanes) {
                 Floats highest = spread(-INFINITY);
                 for (int64_t key = 0; key < keys; ++key) highest = larger(load(scores + key * tile + n), highest);
-                const Floats old = load(base + n), risen = larger(highest, old);
+                const Floats old = load(base + n), risen = larger(highest * binary, old);
                 const Floats ground = risen == spread(-INFINITY) ? Floats{} : risen;
                 const Floats shrink = power_of_two(old - ground);
                 const Floats shift = old == spread(-INFINITY) ? Floats{} : old - ground;
                 Floats sum{}, weighted{};
                 for (int64_t key = 0; key < keys; ++key) {
-                    const Floats above = load(scores + key * tile + n) - ground, weight = power_of_two(above);
+                    const Floats above = load(scores + key * tile + n) * binary - ground, weight = power_of_two(above);
                     sum += weight;
                     weighted += weight == Floats{} ? Floats{} : weight * above;
                 }
@@ -68,16 +77,14 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
                 store(base + n, risen);
                 store(total + n, before * shrink + sum);
                 store(moment + n, (load(moment + n) + before * shift) * shrink + weighted);
-                if (!top || !any(highest > load(least_kept + n))) continue;
+                if (!top) continue;
+                float* const kept = heaviest + n * top;
+                const float* const least_kept = kept + (top - 1) * lanes;
+                if (!any(highest > load(least_kept))) continue;
                 for (int64_t key = 0; key < keys; ++key) {
                     const Floats score = load(scores + key * tile + n);
-                    if (!any(score > load(least_kept + n))) continue;
-                    for (int lane = 0; lane < lanes; ++lane) {
-                        const int64_t row = n + lane;
-                        if (!(score[lane] > least_kept[row])) continue;
-                        insert(heaviest + row * top, places + row * top, top, score[lane], static_cast<int32_t>(first_key + key));
-                        least_kept[row] = heaviest[row * top + top - 1];
-                    }
+                    if (any(score > load(least_kept)))
+                        insert(kept, places + n * top, top, score, static_cast<int32_t>(first_key + key));
                 }
             }
         }
@@ -95,11 +102,12 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
             double kept = 0;
             for (int64_t n = 0; n < top; ++n) {
                 const int64_t place = (out + row) * top + n;
-                const float weight = places[row * top + n] < 0 ? 0.0f : exp2f(heaviest[row * top + n] - base[row]) * factor;
-                looked.indices[place] = places[row * top + n], looked.weights[place] = weight;
+                const int32_t key = places[entry(row, n)];
+                const float weight = key < 0 ? 0.0f : exp2f(heaviest[entry(row, n)] * binary[0] - base[row]) * factor;
+                looked.indices[place] = key, looked.weights[place] = weight;
                 kept += weight;
             }
-            const bool all_kept = top && places[row * top + top - 1] < 0 && sum == sum;
+            const bool all_kept = top && places[entry(row, top - 1)] < 0 && sum == sum;
             looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1 - sunk * factor - kept));
         }
     }
@@ -110,7 +118,8 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     const Call& call = looked.call;
     const int64_t dim = call.dim, key_head = band.head / (call.heads / call.key_heads);
     const bool adjusted = adjusts(call);
-    const float binary = adjusted ? log2e : call.scale * log2e;
+    const float sign = !adjusted && call.scale < 0 ? -1.0f : 1.0f;
+    const Floats binary = spread(adjusted ? log2e : sign * call.scale * log2e);
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *sums = room(tile * lanes);
@@ -121,7 +130,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     for (int64_t r = 0; r < band.count; ++r) {
         const Columns& mine = columns.of[r];
         q[r] = room(tile * dim);
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, 1, q[r]);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, sign, q[r]);
     }
     std::atomic<int64_t>* passed = looked.passed + (band.batch * call.heads + band.head) * turns;
     int64_t done = 0;
@@ -136,8 +145,6 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             dot_products(k, keys, q[r], dim, active, scores);
             if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
-            for (int64_t n = 0; n < active * lanes; n += lanes)  // rounded as the bases were: the heaviest key is at its base
-                for (int64_t key = 0; key < keys; ++key) store(scores + key * tile + n, load(scores + key * tile + n) * spread(binary));
             uint64_t seen[tile];
             if (mine.hides(seen)) hide(scores, seen, keys, active);
             for (int64_t row = 0; row < active * lanes; ++row) {
@@ -149,7 +156,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
                 const Floats base = load(bases + n), factor = load(factors + n);
                 for (int64_t key = 0; key < keys; ++key) {
                     const Floats score = load(scores + key * tile + n);
-                    const Floats weight = power_of_two(score - base) * factor;
+                    const Floats weight = power_of_two(score * binary - base) * factor;
                     // A lane without a row, or whose row sees nothing, gives a key that is NaN no weight either.
                     float* sum = sums + key * lanes;
                     store(sum, load(sum) + (score == spread(-INFINITY) || factor == Floats{} ? Floats{} : weight));

@@ -97,7 +97,7 @@ static void unlay(const float* columns, int64_t count, int64_t dim, const float*
 // Rows of keys (or of values) against what lies across the lanes. Long ones are summed in parts, so that the rounding
 // of one long chain does not grow with the head size.
 static void dot_products(const Rows& rows, int64_t count, const float* across, int64_t dim, int64_t active, float* out) {
-    constexpr int64_t part = 128;
+    const int64_t part = count > 8 ? 128 : 16;  // a row of few keys shows the rounding of each, and has the time
     products<false, Into::fresh>(rows.data, count, rows.stride, across, tile, least(dim, part), active, out, tile);
     for (int64_t d = part; d < dim; d += part)
         products<false, Into::added>(rows.data + d, count, rows.stride, across + d * tile, tile, least(dim - d, part), active,

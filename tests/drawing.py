@@ -76,6 +76,8 @@ def leaf_makers() -> dict[str, object]:
         "window sides": lambda d, c, g: fv.window(left=d(small), right=d(st.none() | small)),
         "chunks": lambda d, c, g: fv.chunks(d(small)),
         "neighborhood": lambda d, c, g: fv.neighborhood(d(small), d(small)),
+        "window stride": lambda d, c, g: fv.window(left=d(st.none() | small), right=d(small), step=d(small)),
+        "every": lambda d, c, g: fv.every(*sorted((d(small), d(small)), reverse=True)),
         "prefix": lambda d, c, g: fv.prefix(d(st.integers(0, 9))),
         "prefix tensor": lambda d, c, g: fv.prefix(torch.randint(0, 9, (c.batch,), generator=g)),
         "documents": lambda d, c, g: fv.documents(ids(c, g, c.last, d(st.sampled_from([1, 2])))),

@@ -256,7 +256,12 @@ def build(name: str) -> nn.Module:
     """The random model of a family, eager, sharpened, in eval mode."""
     family = FAMILIES[name]
     torch.manual_seed(3)
-    model = family.make().eval()
+    return sharpened(family.make(), family.inputs(), family.sharp)
+
+
+def sharpened(model: nn.Module, inputs: Inputs, sharp: tuple[str, ...]) -> nn.Module:
+    """The model with weights that let its attention show: rows look at few keys, and what they see counts."""
+    model.eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "relative_attention_bias" in key or key.endswith("sinks"):
@@ -264,10 +269,10 @@ def build(name: str) -> nn.Module:
             elif any(part in key for part in VALUES) and parameter.dim() > 1:
                 parameter.mul_(4)  # so that what attention adds is no smaller than what passes it by
         for _ in range(20):
-            if top_weight(model, family.inputs()) > 0.35:
+            if top_weight(model, inputs) > 0.35:
                 break
             for key, parameter in model.named_parameters():
-                if any(part in key for part in family.sharp):
+                if any(part in key for part in sharp):
                     # The weight of a normalization may be 1 + what is stored.
                     parameter.add_(0.3) if "norm" in key else parameter.mul_(1.3)
     return model

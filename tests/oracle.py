@@ -86,6 +86,15 @@ CASES: dict[str, Case] = {
             or (min(q, k) >= 1 and abs((q - 1) // 4 - (k - 1) // 4) <= 2 and abs((q - 1) % 4 - (k - 1) % 4) <= 2)
         ),
     ),
+    "every(3)": Case(lambda n, m: fv.every(3), lambda b, h, i, q, k, m: k in (2, 5, 8)),
+    "every(4, 2)": Case(lambda n, m: fv.every(4, 2), lambda b, h, i, q, k, m: k in (2, 3, 6, 7)),
+    "strided": Case(
+        lambda n, m: fv.strided(3), lambda b, h, i, q, k, m: q - k in (0, 1, 2) or q - k in range(3, 99, 3)
+    ),
+    "fixed": Case(
+        lambda n, m: fv.fixed(3, 2),
+        lambda b, h, i, q, k, m: k <= q and (k // 3 == q // 3 or k in (1, 2, 4, 5, 7, 8)),
+    ),
     "prefix(2)": Case(lambda n, m: fv.prefix(2), lambda b, h, i, q, k, m: k < 2),
     "prefix(0)": Case(lambda n, m: fv.prefix(0), lambda b, h, i, q, k, m: False),
     "prefix(tensor)": Case(lambda n, m: fv.prefix(torch.tensor([1, 4])), lambda b, h, i, q, k, m: k < (1, 4)[b]),

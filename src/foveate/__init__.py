@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "foveate.cache": ("KeyValueCache",),
+    "foveate.checkpoints": ("from_pretrained", "save_pretrained"),
     "foveate.errors": ("FoveateError", "InvalidInput", "Unsupported"),
     "foveate.functional": (
-        "additive_attention", "additive_weights", "attention", "attention_with_lse", "explain", "gumbel_attention",
-        "linear_attention", "local_attention", "merge", "paged_attention", "reinforce_loss", "sampled_attention",
-        "straight_through", "weights",
+        "additive_attention", "additive_weights", "attention", "attention_with_lse", "dilated_attention", "explain",
+        "fixed_attention", "gumbel_attention", "linear_attention", "linformer_attention", "local_attention",
+        "lsh_attention", "merge", "merge_by_gates", "merge_by_rows", "nystrom_attention", "paged_attention",
+        "reinforce_loss", "rope", "sampled_attention", "straight_through", "strided_attention", "weights",
     ),
     "foveate.hard": ("Chosen",),
     "foveate.integrations.torch": ("accelerate", "report", "restore"),
@@ -26,16 +29,16 @@ _HOME = {
     "foveate.normalizers": ("Normalizer", "entmax", "hardmax", "sigmoid", "softmax_plus_one", "sparsemax"),
     "foveate.pattern.algebra": ("Pattern",),
     "foveate.pattern.catalogue": (
-        "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "from_mask", "global_tokens", "longformer",
-        "neighborhood", "padding", "prefix", "random_blocks", "rule", "selected", "streaming",
-        "window",
+        "bigbird", "blocks", "blockwise", "causal", "chunks", "documents", "every", "fixed", "from_mask",
+        "global_tokens", "longformer", "neighborhood", "padding", "pooled", "prefix", "random_blocks", "rule",
+        "selected", "streaming", "strided", "window",
     ),
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
 }  # fmt: skip
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("nn",)  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
+_ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
 
@@ -55,22 +58,33 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from foveate import nn
+    from foveate import models, nn, rotary, selection
+    from foveate.cache import KeyValueCache
+    from foveate.checkpoints import from_pretrained, save_pretrained
     from foveate.errors import FoveateError, InvalidInput, Unsupported
     from foveate.functional import (
         additive_attention,
         additive_weights,
         attention,
         attention_with_lse,
+        dilated_attention,
         explain,
+        fixed_attention,
         gumbel_attention,
         linear_attention,
+        linformer_attention,
         local_attention,
+        lsh_attention,
         merge,
+        merge_by_gates,
+        merge_by_rows,
+        nystrom_attention,
         paged_attention,
         reinforce_loss,
+        rope,
         sampled_attention,
         straight_through,
+        strided_attention,
         weights,
     )
     from foveate.hard import Chosen
@@ -88,16 +102,20 @@ if TYPE_CHECKING:
         causal,
         chunks,
         documents,
+        every,
+        fixed,
         from_mask,
         global_tokens,
         longformer,
         neighborhood,
         padding,
+        pooled,
         prefix,
         random_blocks,
         rule,
         selected,
         streaming,
+        strided,
         window,
     )
     from foveate.score import Score, alibi, alibi_slopes, bias, relative_bias, sinks, softcap

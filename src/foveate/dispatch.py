@@ -106,11 +106,16 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
     if not torch.compiler.is_compiling():  # a graph has no one to tell
         for observer in _OBSERVERS.get():
             observer(problem)
-    chosen = _first(problem) if backend == "auto" else _named(problem, backend)
+    chosen = decide(problem, backend)
     if problem.dropout and problem.seed is None:  # drawn only now that the call will run
         problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def decide(problem: Problem, backend: str = "auto") -> Implementation:
+    """The first implementation that does not refuse, or the named one, which raises `Unsupported` if it does."""
+    return _first(problem) if backend == "auto" else _named(problem, backend)
 
 
 def _named(problem: Problem, name: str) -> Implementation:
@@ -148,7 +153,12 @@ def observe(observer: Observer) -> Callable[[], None]:
     return lambda: _OBSERVERS.reset(token)
 
 
-LINEAR_NAMES = ("chunked", "recurrence")
+def is_observed() -> bool:
+    """Whether anyone in this context is told of problems."""
+    return bool(_OBSERVERS.get())
+
+
+LINEAR_NAMES = ("native", "chunked", "recurrence")
 
 
 @runtime_checkable
@@ -165,6 +175,10 @@ class LinearImplementation(Protocol):
 def linear_implementation(name: str) -> LinearImplementation:
     """The module of the linear family behind a name, loaded on first use."""
     match name:
+        case "native":
+            from foveate.linear import native
+
+            return native
         case "chunked":
             from foveate.linear import chunked
 
@@ -180,10 +194,17 @@ def linear_implementation(name: str) -> LinearImplementation:
 def dispatch_linear(problem: LinearProblem, backend: str = "auto") -> tuple[Tensor, LinearState]:
     """Run the first implementation of the linear family that does not refuse, or the named one."""
     if backend == "auto":
-        backend = "recurrence" if problem.k.shape[2] <= 1 else "chunked"  # one step needs no chunk
+        backend = _linear_choice(problem)
     chosen = linear_implementation(backend)
     reasons = chosen.refuses(problem)
     if reasons:
         raise unsupported({backend: reasons})
     with without_autocast(problem.q.device):
         return problem.result(*chosen.run(problem))
+
+
+def _linear_choice(problem: LinearProblem) -> str:
+    """Compiled kernels where they can; else one step needs no chunk."""
+    if not linear_implementation("native").refuses(problem):
+        return "native"
+    return "recurrence" if problem.k.shape[2] <= 1 else "chunked"

@@ -11,6 +11,14 @@
                         hard attention: one key for each query
     additive_attention, additive_weights, local_attention
                         scores from tanh(q + k); a window around a position that is learned
+    linformer_attention, nystrom_attention
+                        through a fixed number of keys: projected by a learned matrix, or means of segments
+    lsh_attention       among the tokens that a hash puts side by side
+    dilated_attention, strided_attention, fixed_attention
+                        spread-out patterns in the time that they promise
+    merge_by_gates, merge_by_rows
+                        several attentions as one, weighted, or each for some rows
+    rope                q or k turned by angles that grow with their positions
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
 dim]`, all three with or without the batch; query heads are a multiple of key heads, and query head h reads key head
@@ -25,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import additive, capture, hard
+from foveate import additive, capture, factorized, hard, hashing, lowrank, merging, shortcut
 from foveate.dispatch import Choice, choose, dispatch, dispatch_linear
 from foveate.errors import InvalidInput
 from foveate.hard import Chosen
@@ -35,6 +43,7 @@ from foveate.paging import paged
 from foveate.pattern.algebra import Pattern
 from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
+from foveate.rotary import Scaling, angles, check_size, turn
 from foveate.score import Score
 from foveate.values import describe
 
@@ -79,8 +88,15 @@ def attention(
     >>> fv.attention(q, k, v, fv.causal, scale=100.0)[0, 0, 1].round()
     tensor([0., 1., 0.])
     """
+    key = None
+    if score is None and normalizer is None and not dropout and seed is None:
+        key = shortcut.signature(q, k, v, pattern, scale, query_start, backend)
+        if key is not None and (out := shortcut.again(key, q, k, v)) is not None:
+            return out
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=False)
     out = dispatch(call, backend).out
+    if key is not None:
+        shortcut.remember(key, call, backend)
     return out if batched else out[0]
 
 
@@ -187,6 +203,46 @@ def merge(
                 "wanted outs of one shape and dtype, and for each its lse without the last dimension"
             )
     return merge_states(pairs)
+
+
+def merge_by_gates(
+    outs: Sequence[Float[Tensor, "*batch heads queries value_dim"]], gates: Tensor
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Σ gates[…, c] · outs[c]: several attentions, weighted for each row as the model likes.
+
+    gates are floats `[*batch, heads, queries, parts]`, an axis may be 1: sigmoids of x, say. They are not normalised,
+    and a gate of exactly 0 lets nothing through.
+
+    Yuan et al. 2025, "Native Sparse Attention", equation 5: https://arxiv.org/abs/2502.11089
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> near, far = torch.ones(1, 2, 3), 10 * torch.ones(1, 2, 3)  # [heads, queries, value dim]
+    >>> fv.merge_by_gates([near, far], torch.tensor([[[0.5, 0.0], [0.0, 0.5]]]))[0]
+    tensor([[0.5000, 0.5000, 0.5000],
+            [5.0000, 5.0000, 5.0000]])
+    """
+    return merging.by_gates(outs, gates)
+
+
+def merge_by_rows(
+    out: Float[Tensor, "*batch heads queries value_dim"],
+    part: Float[Tensor, "*batch heads rows value_dim"],
+    rows: Int[Tensor, " rows"] | Int[Tensor, "batch_or_one rows"],
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """`out`, with row rows[i] of every head taken from row i of `part`: another attention for some of the queries.
+
+    rows are different integers, one list for all or one for each of the batch; −1 is none, so that lists may differ in
+    length. What is replaced gets no gradient.
+
+    Beltagy et al. 2020, Longformer's global tokens: https://arxiv.org/abs/2004.05150
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> fv.merge_by_rows(torch.zeros(1, 4, 2), torch.ones(1, 2, 2), torch.tensor([3, -1]))[0, :, 0]
+    tensor([0., 0., 0., 1.])
+    """
+    return merging.by_rows(out, part, rows)
 
 
 def linear_attention(
@@ -518,8 +574,255 @@ def local_attention(
     return out if batched else out[0]
 
 
+def linformer_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    key_projection: Tensor,
+    value_projection: Tensor | None = None,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Attention to `size` learned mixtures of the keys: softmax(scale · q·(E·k)ᵀ)·(F·v), in time queries · size.
+
+    Args:
+        key_projection: E, `[size, n]` or `[key heads, size, n]`; a text shorter than n reads its first columns.
+        value_projection: F, of the same size; None = E.
+        pattern: None, or `padding(…)`: hidden keys count as zeros. A mixture knows the whole text: nothing causal.
+        scale: the factor before the softmax; None = dim^-½.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more than n keys; size is larger than n.
+
+    Wang et al. 2020, equation 7: https://arxiv.org/abs/2006.04768
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = k = v = torch.randn(1, 2, 100, 8)
+    >>> fv.linformer_attention(q, k, v, torch.randn(16, 128)).shape
+    torch.Size([1, 2, 100, 8])
+    """
+    call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = lowrank.linformer(call, key_projection, value_projection)
+    return out if batched else out[0]
+
+
+def nystrom_attention(
+    q: Float[Tensor, "*batch heads queries dim"],
+    k: Float[Tensor, "*batch key_heads keys dim"],
+    v: Float[Tensor, "*batch key_heads keys value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    landmarks: int = 64,
+    iterations: int = 6,
+    convolution: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Softmax attention by Nyström's method, in time (queries + keys) · landmarks.
+
+        softmax(q·k̃ᵀ)·Z·(softmax(q̃·kᵀ)·v) + convolution(v),    Z ≈ the inverse of softmax(q̃·k̃ᵀ)
+
+    q̃ and k̃ are the means of `landmarks` segments of nearly equal length; Z comes from `iterations` of a method of order
+    four. With as many landmarks as queries or keys the result is softmax attention itself.
+
+    Args:
+        pattern: None, or `padding(…)`, in self-attention of keys and queries alike. A mean knows the whole text:
+            nothing causal.
+        convolution: the weights of a depthwise convolution of v along the text, `[key heads, odd size]`.
+        scale: the factor before the softmax; None = dim^-½.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`, or the convolution does not fit.
+
+    Xiong et al. 2021, equation 14 and section 3.3: https://arxiv.org/abs/2102.03902
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q = k = v = torch.randn(1, 2, 100, 8)
+    >>> fv.nystrom_attention(q, k, v, landmarks=16, convolution=torch.randn(2, 33)).shape
+    torch.Size([1, 2, 100, 8])
+    """
+    call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = lowrank.nystrom(call, landmarks, iterations, convolution)
+    return out if batched else out[0]
+
+
+def lsh_attention(
+    qk: Float[Tensor, "*batch heads length dim"],
+    v: Float[Tensor, "*batch heads length value_dim"],
+    pattern: Pattern | Tensor | None = None,
+    *,
+    chunk: int = 64,
+    buckets: int | tuple[int, ...] | None = None,
+    rounds: int = 1,
+    rotations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """Reformer's attention: softmax(scale · x_i·x_j/‖x_j‖)·v over the tokens that a hash puts near each other.
+
+    A round hashes by argmax([x·R; −x·R]), sorts the tokens by bucket, cuts the order into chunks, and lets a token see
+    its own chunk and the one before; a token sees itself only where it meets no other. Rounds are merged by their
+    log-sum-exp, so a key that is met twice counts twice. A text of one chunk is plain attention. Time and memory grow
+    with length · chunk · rounds.
+
+    Args:
+        qk: queries and keys in one, and one head of v for each of its heads.
+        pattern: any pattern, by the positions in the text; tokens hidden from themselves (padding) are sorted last.
+        chunk: tokens in a chunk.
+        buckets: an even number, or several whose product counts; None = about 2 · length / chunk.
+        rounds: hashes, each with its own R; more of them miss fewer pairs.
+        rotations: the R's, `[heads, dim, rounds, Σ buckets / 2]`; None draws them, normally distributed.
+        generator: what draws them; None = torch's default one.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; odd buckets; rotations of another shape.
+
+    Kitaev et al. 2020: https://arxiv.org/abs/2001.04451
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> x, v = torch.randn(2, 1, 2, 1000, 16).unbind()
+    >>> fv.lsh_attention(x, v, fv.causal, chunk=32, rounds=2).shape
+    torch.Size([1, 2, 1000, 16])
+    """
+    call, batched = _problem(qk, qk, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
+    out = hashing.lsh(call, chunk, hashing.hash_of(call, chunk, buckets, rounds, rotations, generator))
+    return out if batched else out[0]
+
+
+def dilated_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    step: int,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """Attention among the positions i, i ± step, i ± 2·step, …, and of these those that `pattern` names.
+
+    The pattern counts within a residue class: `dilated_attention(q, k, v, 4, causal & window(64))` is
+    `attention(q, k, v, causal & window(64, step=4))` in a quarter of the time.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Beltagy et al. 2020, section 3.1: https://arxiv.org/abs/2004.05150
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 11, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.window(2, step=4))
+    >>> torch.allclose(fv.dilated_attention(q, k, v, 4, fv.window(2)), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    if isinstance(pattern, Tensor):
+        raise InvalidInput(f"the pattern is {describe(pattern)}: wanted one of positions, such as window(64)")
+    out = factorized.dilated(call, step, pattern)
+    return out if batched else out[0]
+
+
+def strided_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    stride: int,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """`attention(q, k, v, strided(stride))` in time length · (stride + length / stride): least at √length.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Child et al. 2019, section 4.3: https://arxiv.org/abs/1904.10509
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.strided(10))
+    >>> torch.allclose(fv.strided_attention(q, k, v, 10), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    out = factorized.strided(call, stride)
+    return out if batched else out[0]
+
+
+def fixed_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    stride: int,
+    last: int = 1,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """`attention(q, k, v, fixed(stride, last))` in time length · (stride + last · length / stride).
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Child et al. 2019, section 4.3: https://arxiv.org/abs/1904.10509
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.fixed(10, 2))
+    >>> torch.allclose(fv.fixed_attention(q, k, v, 10, 2), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    out = factorized.fixed(call, stride, last)
+    return out if batched else out[0]
+
+
+def rope(
+    x: Float[Tensor, "*batch heads length size"],
+    positions: Int[Tensor, " length"] | Int[Tensor, "batch_or_one length"],
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    dim: int | None = None,
+    scaling: Scaling | None = None,
+) -> Float[Tensor, "*batch heads length size"]:
+    """q or k with rotary positions: pair i turned by position · base^(−2i / dim).
+
+    Angles are in float32 or wider, and so is the product. `fv.nn.Rotary` is the same as a part of a model.
+
+    Args:
+        positions: integers, one row for all or one for each of the batch.
+        interleaved: pairs (2i, 2i + 1), as the paper; else (i, i + dim/2), as Llama and most others.
+        dim: how many of the first entries are turned; None = all.
+        scaling: a law for longer texts than the training's, such as `fv.rotary.YaRN(4.0, 4096)`.
+
+    Raises:
+        InvalidInput: an odd dim, or positions that do not fit.
+
+    Su et al. 2021: https://arxiv.org/abs/2104.09864
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)  # dot products depend on the distance alone
+    >>> near, far = (fv.rope(q, torch.tensor([n + 3])) @ fv.rope(k, torch.tensor([n])).mT for n in (0, 5000))
+    >>> torch.allclose(near, far)
+    True
+    """
+    dim = x.shape[-1] if dim is None else dim
+    check_size(dim, base)
+    return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)
+
+
 def _chosen(chosen: Chosen, batched: bool) -> Chosen:
     return chosen if batched else Chosen(*(part[0] for part in chosen))
+
+
+def _self_problem(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Problem, bool]:
+    """The checked problem of a mechanism that makes its own pattern."""
+    return _problem(q, k, v, None, None, scale, None, None, 0.0, None, needs_lse=False)
 
 
 def _problem(

@@ -60,6 +60,12 @@ class LinearProblem:
     skipped: Tensor | None
     dtype: torch.dtype
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether autograd will ask for any gradient of this call."""
+        tensors = (self.q, self.k, self.v, self.decay, self.beta, self.state)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
     def result(self, out: Tensor, state: Tensor) -> tuple[Tensor, LinearState]:
         """(out in the caller's dtype, the state handed on) from what an implementation computed."""
         s, z = state, None
@@ -68,7 +74,7 @@ class LinearProblem:
             s, z = state[..., :-1], state[..., -1]
             if is_known(total) and bool((total < 0).any()):
                 raise InvalidInput(
-                    f"a normaliser is {float(total.min()):.3g}: wanted a feature map whose products φ(q)·φ(k) are "
+                    f"a normaliser is {total.min().item():.3g}: wanted a feature map whose products φ(q)·φ(k) are "
                     "never negative, such as elu_plus_one, or normalize=False"
                 )
             empty = total == 0
@@ -107,7 +113,7 @@ def linear_problem(
         scale = 1.0 if normalize or not q.shape[3] else 1 / math.sqrt(q.shape[3])  # under a normaliser it cancels
     if not isinstance(scale, int | float):
         raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
-    resets, skipped = _documents(documents, q, k, causal)
+    resets, skipped = _documents(documents, k, causal)
     with without_autocast(q.device):
         if skipped is not None:  # what a skipped position holds never matters, not even to a feature's gradient
             q, k, v = (x.masked_fill(skipped[:, None, :, None], 0) for x in (q, k, v))
@@ -182,7 +188,7 @@ def _decay(decay: Tensor | None, batch: int, heads: int, steps: int, k: Tensor, 
     decay = _per_step(decay, "decay", [batch, heads, steps, k.shape[3]], k, wide)
     if is_known(decay) and bool((decay > 0).any()):
         raise InvalidInput(
-            f"decay goes up to {float(decay.max()):.3g}: wanted natural logarithms, which are at most 0; "
+            f"decay goes up to {decay.max().item():.3g}: wanted natural logarithms, which are at most 0; "
             "take .log() of a factor between 0 and 1"
         )
     return decay
@@ -196,26 +202,21 @@ def _beta(
     beta = _per_step(beta, "beta", [batch, heads, steps], k, wide)
     if delta_rule and is_known(beta) and bool(((beta < 0) | (beta > 2)).any()):
         raise InvalidInput(
-            f"beta goes from {float(beta.min()):.3g} to {float(beta.max()):.3g}: wanted 0 to 2 (mostly 0 to 1) for the "
+            f"beta goes from {beta.min().item():.3g} to {beta.max().item():.3g}: wanted 0 to 2 (mostly 0 to 1) for the "
             "delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
         )
     return beta
 
 
-def _documents(
-    documents: Tensor | Pattern | None, q: Tensor, k: Tensor, causal: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(where the state is emptied, which positions are passed over), `[1 or B, N]` each."""
-    if documents is None:
-        return None, None
+def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.device) -> Tensor:
+    """The document of every step, `[1 or batch, steps]`, negative for none; raises `InvalidInput`."""
     if isinstance(documents, Tensor):
         documents = by_ids(documents)
-    steps = k.shape[2]
     match documents:
         case Documents(ids=ids):
             ids = ids if ids.dim() == 2 else ids[None]
             reasons = row_misfit(
-                documents, ids, Extent(k.shape[0], None, steps, steps, None, k.device), steps, "steps", exact=True
+                documents, ids, Extent(batch, None, steps, steps, None, device), steps, "steps", exact=True
             )
         case PackedDocuments():
             ids, reasons = documents.cu_seqlens, []
@@ -225,14 +226,23 @@ def _documents(
                 if isinstance(documents, Pattern)
                 else f"documents is a {type(documents).__name__}: wanted ids [batch, steps], or documents(cu_seqlens=)"
             )
-    if ids.device != k.device:
-        reasons.append(f"{documents!r} has a tensor on {ids.device} but k is on {k.device}: move it")
-    if not causal:
-        reasons.append("documents need causal=True: without it every query reads the one state after the last step")
+    if ids.device != device:
+        reasons.append(f"{documents!r} has a tensor on {ids.device} but k is on {device}: move it")
     if reasons:
         raise InvalidInput("; ".join(reasons))
     if isinstance(documents, PackedDocuments):
-        ids = documents.number(torch.arange(steps, device=k.device))[None]
+        ids = documents.number(torch.arange(steps, device=device))[None]
+    return ids
+
+
+def _documents(documents: Tensor | Pattern | None, k: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(where the state is emptied, which positions are passed over), `[1 or B, N]` each."""
+    if documents is None:
+        return None, None
+    steps = k.shape[2]
+    ids = step_ids(documents, k.shape[0], steps, k.device)
+    if not causal:
+        raise InvalidInput("documents need causal=True: without it every query reads the one state after the last step")
     # The last step before each that belongs to a document; the given state belongs to the first one.
     place = torch.arange(steps, device=k.device).expand_as(ids)
     last = torch.where(ids >= 0, place, -1).cummax(1).values

@@ -51,10 +51,8 @@ class Problem:
 
     @property
     def is_transformed(self) -> bool:
-        """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
-        if torch.compiler.is_compiling():
-            return False
-        return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+        """Whether something is at work that sees no operator."""
+        return is_transformed()
 
     @property
     def needs_gradient(self) -> bool:
@@ -65,6 +63,13 @@ class Problem:
     def pairs(self, box: tuple[slice, slice, slice, slice] | None = None) -> Pairs:
         """The positions of all (batch, head, row, key) of the call, or of a box of it."""
         return grid(*self.shape, self.query_start, self.q.device, box)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)

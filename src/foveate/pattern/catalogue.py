@@ -13,7 +13,7 @@ from foveate.pattern.chosen import selected
 from foveate.pattern.given import from_mask, rule
 from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
-from foveate.pattern.positional import causal, chunks, global_tokens, prefix, window
+from foveate.pattern.positional import causal, chunks, every, global_tokens, pooled, prefix, window
 from foveate.values import Held, read, whole
 
 _near = window  # the compositions have an argument called window
@@ -53,11 +53,45 @@ def streaming(first: int = 4, window: int = 1024) -> Pattern:
     return causal & (_near(window) | prefix(first))
 
 
+def strided(stride: int) -> Pattern:
+    """Child et al.'s strided attention (1904.10509), both parts: the last `stride` keys, and every stride-th before.
+
+    >>> import foveate as fv
+    >>> print(fv.strided(3).picture(6, 6))
+    1 . . . . .
+    1 1 . . . .
+    1 1 1 . . .
+    1 1 1 1 . .
+    . 1 1 1 1 .
+    . . 1 1 1 1
+    >>> fv.strided(3)
+    causal & (window(3) | window(left=None, right=0, step=3))
+    """
+    return causal & (window(whole(stride, "strided's stride", 1)) | window(right=0, step=stride))
+
+
+def fixed(stride: int, last: int = 1) -> Pattern:
+    """Child et al.'s fixed attention (1904.10509), both parts: the own block, and the last keys of earlier blocks.
+
+    >>> import foveate as fv
+    >>> print(fv.fixed(3).picture(6, 6))
+    1 . . . . .
+    1 1 . . . .
+    1 1 1 . . .
+    . . 1 1 . .
+    . . 1 1 1 .
+    . . 1 1 1 1
+    """
+    return causal & (chunks(whole(stride, "fixed's stride", 1)) | every(stride, last))
+
+
 NAMES: dict[str, Pattern | Callable[..., Pattern]] = {
     "causal": causal,
     "window": window,
+    "pooled": pooled,
     "prefix": prefix,
     "chunks": chunks,
+    "every": every,
     "neighborhood": neighborhood,
     "documents": documents,
     "padding": padding,
@@ -86,16 +120,20 @@ __all__ = [
     "causal",
     "chunks",
     "documents",
+    "every",
+    "fixed",
     "from_mask",
     "global_tokens",
     "longformer",
     "neighborhood",
     "padding",
     "parse",
+    "pooled",
     "prefix",
     "random_blocks",
     "rule",
     "selected",
     "streaming",
+    "strided",
     "window",
 ]

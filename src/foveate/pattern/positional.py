@@ -1,4 +1,4 @@
-"""Patterns of positions alone: before, near, in the same chunk, at the start, in chosen places."""
+"""Patterns of positions alone: before, near, in the same chunk, at the start, again and again, in chosen places."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class Window(Pattern):
             may, must = may & (most >= -self.right), must & (least >= -self.right)
         if self.left is not None:
             may, must = may & (least <= self.left), must & (most <= self.left)
+        if self.step > 1:  # a multiple of the step between the least and the most
+            may = may & (most // self.step * self.step >= least)
         return may, must
 
     def write(self, name: Name) -> str:
@@ -161,6 +163,80 @@ def chunks(size: int) -> Pattern:
     . . 1 1
     """
     return Chunks(whole(size, "the size of chunks", 1))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Every(Pattern):
+    """The last keys of every `stride`."""
+
+    stride: int
+    last: int
+
+    def visible(self, at: Pairs) -> Tensor:
+        return at.key % self.stride >= self.stride - self.last
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        def before(key: Tensor) -> Tensor:
+            rest = key % self.stride - (self.stride - self.last)
+            return key // self.stride * self.last + rest.clamp(min=0)
+
+        count = before(tiles.key_end) - before(tiles.key)
+        return count > 0, count == tiles.key_end - tiles.key
+
+    def write(self, name: Name) -> str:
+        return f"every({self.stride}{f', {self.last}' if self.last > 1 else ''})"
+
+
+def every(stride: int, last: int = 1) -> Pattern:
+    """For everyone, the last `last` keys of each block of `stride`: places that can sum up what came before them.
+
+    >>> import foveate as fv
+    >>> print(fv.every(3).picture(2, 6))
+    . . 1 . . 1
+    . . 1 . . 1
+    """
+    if whole(last, "every's last", 1) > whole(stride, "every's stride", 1):
+        raise InvalidInput(
+            f"every was given stride {stride} and last {last}: wanted at most as many keys as the stride"
+        )
+    return Every(stride, last)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pooled(Pattern):
+    """Key j stands for `length` positions from j · stride on, and is seen once the last of them is no later."""
+
+    length: int
+    stride: int
+
+    def visible(self, at: Pairs) -> Tensor:
+        return at.key * self.stride + (self.length - 1) <= at.query
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        ahead = self.length - 1
+        may = tiles.key * self.stride + ahead <= tiles.query_end - 1
+        return may, (tiles.key_end - 1) * self.stride + ahead <= tiles.query
+
+    def write(self, name: Name) -> str:
+        return f"pooled({self.length}, {self.stride})"
+
+
+def pooled(length: int, stride: int | None = None) -> Pattern:
+    """Causality for keys that are each made of `length` positions, `stride` apart (None = length): only whole ones.
+
+    The positions of queries are those of tokens, so give `query_start=` where the keys are fewer than the tokens. The
+    compressed branch of Native Sparse Attention (2502.11089) sees so.
+
+    >>> import foveate as fv
+    >>> print(fv.pooled(2).picture(5, 2, query_start=0))
+    . .
+    1 .
+    1 .
+    1 1
+    1 1
+    """
+    size = whole(length, "pooled's length", 1)
+    return Pooled(size, size if stride is None else whole(stride, "pooled's stride", 1))
 
 
 _FEW = 8  # positions that are compared one by one, which FlexAttention can trace

@@ -40,6 +40,9 @@ def gallery() -> list[Example]:
         ("causal & selected(indices, block=4)", fv.causal & fv.selected(chosen, block=4)),
         ("longformer(4, [0])", fv.longformer(4, [0])),
         ("bigbird(2, random=1)", fv.bigbird(2, random=1)),
+        ("every(4)", fv.every(4)),
+        ("strided(4)", fv.strided(4)),
+        ("fixed(4)", fv.fixed(4)),
         ("streaming(2, 4)", fv.streaming(2, 4)),
         ("causal & ~window(3)", fv.causal & ~fv.window(3)),
     ]

@@ -19,6 +19,7 @@ from foveate.pattern.lists import Lists
 from foveate.pattern.reach import reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
+from foveate.primitives import readable
 from foveate.problem import Problem, Result, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
@@ -167,7 +168,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> None:
         batch, heads, queries, dim = q.shape
         keys = k.shape[2] if pages is None else pages.capacity
-        self.alive = [_readable(q), _readable(k), _readable(v)]
+        self.alive = [readable(q), readable(k), readable(v)]
         self.sizes = (batch, heads, k.shape[1], queries, keys, dim, v.shape[3])
         self.dtype = _DTYPES[q.dtype]
         self.given = given
@@ -241,7 +242,9 @@ class _Call:
     def check_lists(self) -> None:
         """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
         if self.outside:
-            raise InvalidInput(f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}")
+            raise InvalidInput(
+                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+            )
 
     def _distances(self) -> Tensor | None:
         """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
@@ -292,7 +295,7 @@ def _backward(
     d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
     if lse.numel():
         call = _Call(q, k, v, given)
-        d_out, out = _readable(d_out), _readable(out)
+        d_out, out = readable(d_out), readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
         bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
         d_bias = None if bias is None else torch.zeros(bias.full().shape)
@@ -442,12 +445,6 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
             (rest.data_ptr(), entropy.data_ptr(), received.data_ptr()),
         )  # fmt: skip
     return indices, weights, rest, received, lse, entropy
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x with a unit last stride and an aligned address, copied only if it has to be."""
-    aligned = x.data_ptr() % x.element_size() == 0
-    return x if aligned and (x.stride(3) == 1 or x.shape[3] == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _steps(x: Tensor, count: int) -> list[int]:

@@ -1,0 +1,24 @@
+"""Models that people use, one readable file per family; docs/models-of-our-own.md says how such a file is written."""
+
+import importlib
+
+from foveate.naming import Format
+
+# The `model_type` of config.json → the file that computes it.
+FAMILIES = {
+    "bert": "bert",
+    "deit": "vit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "distilbert": "distilbert",
+    "gpt2": "gpt2",
+    "roberta": "roberta",
+    "vit": "vit",
+    "xlm-roberta": "roberta",
+}
+
+
+def formats(kind: str) -> dict[str, Format]:
+    """How each kind of model of one file is written, by its `model_type`."""
+    found: dict[str, Format] = importlib.import_module(f"foveate.models.{FAMILIES[kind]}").FORMATS
+    return found

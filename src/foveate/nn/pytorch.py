@@ -1,0 +1,76 @@
+"""PyTorch's own modules read: the names of their weights, and masks that mean the contrary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import InvalidInput
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.catalogue import from_mask, padding
+from foveate.score import Score, bias
+from foveate.values import describe
+
+_PARTS = ("query", "key", "value")
+
+
+def torch_masks(
+    attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None, *, heads: int | None = None
+) -> tuple[Pattern | None, Score | None]:
+    """(pattern, score) that mean what these masks mean to `torch.nn.MultiheadAttention` and `torch.nn.Transformer`.
+
+    There a boolean mask says True = may NOT attend, here and in `scaled_dot_product_attention` True = may attend. A
+    float mask is added, there as here.
+
+    Args:
+        attn_mask: `[queries, keys]`, or `[batch · heads, queries, keys]`, which needs `heads`.
+        key_padding_mask: `[batch, keys]`.
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> pattern, score = fv.nn.torch_masks(torch.tensor([[False, True], [False, False]]))
+    >>> print(pattern.picture(2, 2))
+    1 .
+    1 1
+    """
+    pattern: Pattern | None = None
+    score: Score | None = None
+    if attn_mask is not None:
+        if attn_mask.dim() == 3 and heads is not None and attn_mask.shape[0] % heads == 0:
+            attn_mask = attn_mask.unflatten(0, (-1, heads))
+        elif attn_mask.dim() != 2:
+            raise InvalidInput(
+                f"attn_mask is {describe(attn_mask)}: wanted [queries, keys], or "
+                "[batch · heads, queries, keys] and heads="
+            )
+        if attn_mask.dtype == torch.bool:
+            pattern = from_mask(~attn_mask)
+        else:
+            score = bias(attn_mask)
+    if key_padding_mask is not None:
+        if key_padding_mask.dim() != 2:
+            raise InvalidInput(f"key_padding_mask is {describe(key_padding_mask)}: wanted [batch, keys]")
+        if key_padding_mask.dtype == torch.bool:
+            keep = padding(~key_padding_mask)
+            pattern = keep if pattern is None else pattern & keep
+        else:
+            more = bias(key_padding_mask[:, None, None])
+            score = more if score is None else score + more
+    return pattern, score
+
+
+def rename_attention(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give what a `torch.nn.MultiheadAttention` wrote into `state` our names, in place."""
+    if f"{prefix}bias_k" in state:
+        raise InvalidInput(f"the state dict has {prefix}bias_k, of add_bias_kv: wanted one without")
+    for kind in ("weight", "bias"):
+        if f"{prefix}in_proj_{kind}" in state:
+            parts = state.pop(f"{prefix}in_proj_{kind}").chunk(3)
+            state.update({f"{prefix}{name}.{kind}": part for name, part in zip(_PARTS, parts, strict=True)})
+        if f"{prefix}out_proj.{kind}" in state:
+            state[f"{prefix}out.{kind}"] = state.pop(f"{prefix}out_proj.{kind}")
+    for name in _PARTS:
+        if f"{prefix}{name[0]}_proj_weight" in state:
+            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name[0]}_proj_weight")

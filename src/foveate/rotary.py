@@ -1,0 +1,249 @@
+"""Rotary positions: q and k turned, pair by pair of entries, by angles that grow with the position.
+
+    pair i at position n turns by n · θ_i,   θ_i = base^(−2i / dim)
+
+A dot product of two turned vectors depends on the distance of their positions alone. To reach beyond the length of the
+training, the frequencies θ are stretched by one of four laws:
+
+    Linear      θ / factor                                                      Chen et al. 2023, 2306.15595
+    DynamicNTK  a larger base, the larger the longer the text                   Peng et al. 2023, 2309.00071, section 3
+    YaRN        low frequencies / factor, high ones as they are, q·k sharper    Peng et al. 2023, 2309.00071
+    Llama3      low frequencies / factor, high ones as they are                 Grattafiori et al. 2024, 2407.21783
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InvalidInput
+from foveate.problem import accumulator, is_transformed
+from foveate.values import describe, integers
+
+
+@runtime_checkable
+class Scaling(Protocol):
+    """How frequencies are stretched; Linear, DynamicNTK, YaRN and Llama3 are four ways."""
+
+    def frequencies(self, dim: int, base: float, positions: Tensor) -> Tensor:
+        """θ, `[dim / 2]`, in float32."""
+
+    @property
+    def attention_factor(self) -> float:
+        """The length that a vector of length 1 has after it was turned."""
+
+
+class Angles(NamedTuple):
+    """cos and sin of what each pair turns by, `[length, dim / 2]` or `[batch, length, dim / 2]`, worked out once."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(dim: int, base: float | Tensor, device: torch.device | None = None) -> Tensor:
+    """θ_i = base^(−2i / dim), `[dim / 2]`."""
+    # In float32, as every checkpoint was trained: a rounding here is an angle n times as large.
+    result: Tensor = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    return result
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Position interpolation: θ / factor, https://arxiv.org/abs/2306.15595."""
+
+    factor: float
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "factor")
+
+    def frequencies(self, dim: int, base: float, positions: Tensor) -> Tensor:
+        return frequencies(dim, base, positions.device) / self.factor
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """base · (factor · length / original_length − (factor − 1))^(dim / (dim − 2)), for texts beyond original_length.
+
+    The length is the largest position of the call and one more. https://arxiv.org/abs/2309.00071, section 3.3
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "factor", "original_length")
+
+    def frequencies(self, dim: int, base: float, positions: Tensor) -> Tensor:
+        if dim <= 2:
+            raise InvalidInput(f"the dim of a rotary position with DynamicNTK is {dim}: wanted at least 4")
+        length = positions.amax() + 1 if positions.numel() else positions.new_zeros(())
+        length = length.clamp(min=self.original_length)
+        stretch = (self.factor * length / self.original_length) - (self.factor - 1)
+        return frequencies(dim, base * stretch ** (dim / (dim - 2)), positions.device)
+
+
+@dataclass(frozen=True)
+class YaRN:
+    """θ / factor for pairs that turn less than beta_slow times in original_length, θ above beta_fast, a ramp between.
+
+    q and k grow by attention_factor each, None = 0.1 · ln(factor) + 1. https://arxiv.org/abs/2309.00071, section 3.4
+
+    Args:
+        factor: how many times longer texts become.
+        original_length: the length of the training.
+        whole: the ramp begins and ends at a whole pair.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = None  # type: ignore[assignment]
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, "factor", "original_length", "beta_fast", "beta_slow")
+        if self.attention_factor is None:
+            sharper = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+            object.__setattr__(self, "attention_factor", sharper)
+
+    def frequencies(self, dim: int, base: float, positions: Tensor) -> Tensor:
+        def pair_that_turns(times: float) -> float:
+            return dim * math.log(self.original_length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+        first, last = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        pair = torch.arange(dim // 2, dtype=torch.float32, device=positions.device)
+        ramp = ((pair - first) / (last - first or 0.001)).clamp(0, 1)
+        plain = frequencies(dim, base, positions.device)
+        return plain / self.factor * ramp + plain * (1 - ramp)
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """θ / factor for pairs that turn less than slow times in original_length, θ above fast, a ramp between.
+
+    https://arxiv.org/abs/2407.21783
+    """
+
+    factor: float = 8.0
+    original_length: int = 8192
+    slow: float = 1.0
+    fast: float = 4.0
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "factor", "original_length", "slow", "fast")
+        if self.fast <= self.slow:
+            raise InvalidInput(f"Llama3 has fast={self.fast} and slow={self.slow}: wanted fast above slow")
+
+    def frequencies(self, dim: int, base: float, positions: Tensor) -> Tensor:
+        plain = frequencies(dim, base, positions.device)
+        turns = self.original_length / (2 * math.pi / plain)
+        kept = ((turns - self.slow) / (self.fast - self.slow)).clamp(0, 1)
+        return (1 - kept) * plain / self.factor + kept * plain
+
+
+def _check(law: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(law, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InvalidInput(f"{name} of {type(law).__name__} is {value!r}: wanted a positive, finite number")
+
+
+def check_size(dim: int, base: float) -> None:
+    """Raise `InvalidInput` unless `dim` entries make pairs and `base` is a base."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
+        raise InvalidInput(f"the rotary dim is {dim!r}: wanted an even number of at least 2: entries turn in pairs")
+    if isinstance(base, bool) or not isinstance(base, int | float) or not 1 < base < math.inf:
+        raise InvalidInput(f"the rotary base is {base!r}: wanted a finite number above 1")
+
+
+def angles(
+    positions: Tensor, dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype = torch.float32
+) -> Angles:
+    """cos and sin of positions · θ, times the attention factor, in float32 or wider."""
+    positions = integers(positions, "positions", (1, 2))
+    wide = accumulator(dtype)
+    if scaling is None:
+        theta, factor = frequencies(dim, base, positions.device), 1.0
+    else:
+        theta, factor = scaling.frequencies(dim, base, positions), scaling.attention_factor
+    turned = positions[..., None].to(wide) * theta.to(wide)
+    cos, sin = turned.cos(), turned.sin()
+    return Angles(cos, sin) if factor == 1 else Angles(cos * factor, sin * factor)
+
+
+def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
+    """x `[*batch, heads, length, size]` with its first entries turned: pairs (i, i + dim/2), or (2i, 2i + 1)."""
+    cos, sin = by
+    if not x.dtype.is_floating_point or x.dim() < 3 or x.shape[-1] < 2 * cos.shape[-1] or x.shape[-2] != cos.shape[-2]:
+        raise InvalidInput(
+            f"rotary positions were given x {describe(x)} for {cos.shape[-2]} positions and a dim of "
+            f"{2 * cos.shape[-1]}: wanted floats [*batch, heads, {cos.shape[-2]}, {2 * cos.shape[-1]} or more]"
+        )
+    if cos.dim() == 3:
+        if x.dim() != 4 or cos.shape[0] not in (1, x.shape[0]):
+            raise InvalidInput(
+                f"rotary positions of a batch of {cos.shape[0]} were given x {describe(x)}: wanted one row of "
+                "positions for each of its batch, or one for all"
+            )
+        cos, sin = cos[:, None], sin[:, None]
+    return _turned(x, cos, sin, interleaved)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    if not torch.compiler.is_compiling() and not is_transformed():
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
+            return out
+        return _written(x, cos, sin, interleaved)
+    first, second = _pairs(x[..., :dim], interleaved)
+    pair = first * cos - second * sin, second * cos + first * sin
+    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((out.to(x.dtype), x[..., dim:]), -1) if x.shape[-1] > dim else out.to(x.dtype)
+
+
+def _written(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    # The same with half the passes over memory.
+    dim = 2 * cos.shape[-1]
+    both = cos.repeat_interleave(2, -1) if interleaved else torch.cat((cos, cos), -1)
+    if x.shape[-1] > dim:
+        both = torch.cat((both, both.new_ones(*both.shape[:-1], x.shape[-1] - dim)), -1)
+    out = x * both
+    (first, second), (out_first, out_second) = (_pairs(y[..., :dim], interleaved) for y in (x, out))
+    out_first.addcmul_(second, sin, value=-1)
+    out_second.addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    # Nothing of x is kept: the gradient of a turn is the turn back.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _written(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second entry of every pair, as views."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]

@@ -1,0 +1,74 @@
+"""A call like one before it: what was checked and decided then holds again.
+
+Checking a call and choosing who computes it takes longer than a short call itself. Without score terms, normalizer and
+dropout, all of it follows from a signature: shapes, dtypes, devices, strides, what needs a gradient, a pattern that
+holds no tensor. Every other call takes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from foveate.dispatch import Implementation, decide, is_observed
+from foveate.pattern.algebra import Pattern
+from foveate.problem import Problem, is_transformed
+
+Signature = tuple[Hashable, ...]
+
+_MOST = 4096
+_decided: dict[Signature, tuple[Implementation, Problem]] = {}
+
+
+def signature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Tensor | None,
+    scale: float | None,
+    query_start: int | Tensor | None,
+    backend: str,
+) -> Signature | None:
+    """All that checks and choices of this call depend on, or None where they depend on more."""
+    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is Tensor or q.dim() != 4:
+        return None
+    if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
+        return None
+    if is_transformed():
+        return None
+    device = q.device
+    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+        return None
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device,
+        q.stride(3), k.stride()[-1:], v.stride()[-1:], trains, pattern, scale, query_start, backend,
+    )  # fmt: skip
+
+
+def again(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The output, if a call with this signature ran before."""
+    known = _decided.get(key)
+    if known is None:
+        return None
+    chosen, like = known
+    call = Problem(q, k, v, like.pattern, None, like.scale, like.query_start, 0.0, None, False)
+    return chosen.run(call).out
+
+
+def remember(key: Signature, call: Problem, backend: str) -> None:
+    """From now on, calls with this signature are computed as this one, which ran, was."""
+    if call.pattern is not None and call.pattern.spec()[1]:
+        return
+    if len(_decided) >= _MOST:
+        _decided.clear()
+    nothing = call.q.new_empty(0)
+    like = Problem(nothing, nothing, nothing, call.pattern, None, call.scale, call.query_start, 0.0, None, False)
+    _decided[key] = decide(call, backend), like
+
+
+def forget() -> None:
+    """Decide anew from now on: for tests that change what the machine can run."""
+    _decided.clear()
