@@ -20,12 +20,14 @@ static inline int64_t shared_rows(const Call& call) {
 }
 static inline int64_t gathered_units(const Call& call) { return call.heads / shared_rows(call); }
 
-// Queries of a tile: so many that their rows and sums fill a quarter of the second cache.
+static inline int64_t entries_of(const Call& call) { return (call.keys + call.chosen.block - 1) / call.chosen.block; }
+
+// Queries of a tile: so many that their rows and sums fill a quarter of the second cache, and long lists a few megabytes.
 static int64_t gathered_height(const Call& call) {
     const int64_t floats = shared_rows(call) * (padded(call.dim) + padded(call.value_dim) + 2);
-    return most(1, least(gathered_queries, 131072 / most(1, floats)));
+    const int64_t listed = most(1, least(call.chosen.count, entries_of(call)));
+    return most(1, least(gathered_queries, least(131072 / most(1, floats), (1 << 20) / listed)));
 }
-static inline int64_t entries_of(const Call& call) { return (call.keys + call.chosen.block - 1) / call.chosen.block; }
 
 // Entries of a stretch: keys and values of another quarter. Where few are chosen it is longer, or a visit would find none.
 static int64_t stretch_of(const Call& call, bool bounded) {

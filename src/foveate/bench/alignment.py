@@ -1,4 +1,4 @@
-"""Bahdanau's scores beside what one writes by hand: a tensor of queries × keys × dim, and its tanh, and their gradients.
+"""Bahdanau's scores beside what one writes by hand: a tensor of queries × keys × dim, its tanh, and their gradients.
 
 - broadcast: softmax(w · tanh(q[:, :, :, None] + k[:, :, None]))·v in one line of PyTorch
 - additive: `fv.additive_attention`

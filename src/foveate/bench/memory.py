@@ -66,9 +66,9 @@ def _measure(row: Row, contestant: str) -> tuple[float, str]:
     with torch.set_grad_enabled(row.gradients):
         _turn(small, contestant, *small.inputs())
         inputs = row.inputs()
-        start = start()
+        before = start()
         found = _turn(row, contestant, *inputs)
-        grown = peak() - start - sum(part.nbytes for part in found)
+        grown = peak() - before - sum(part.nbytes for part in found)
     return grown / 1e6, _complaint(row, inputs, found)
 
 

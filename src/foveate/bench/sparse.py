@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,7 +147,8 @@ def _tokens(row: SelectionRow) -> Pattern:
     table = torch.empty(1, row.key_heads, row.queries, row.chosen, dtype=torch.int32)
     for head in range(row.key_heads):
         drawn = torch.rand(row.queries, row.chosen, generator=draw)
-        key = torch.minimum(((part + drawn) * (count / row.chosen)).long(), count - 1)
+        first, end = part * count // row.chosen, (part + 1) * count // row.chosen
+        key = first + torch.minimum((drawn * (end - first)).long(), end - first - 1)
         few = torch.where(part < count, part, -1)  # all there are
         table[0, head] = torch.where(count > row.chosen, key, few)
     return causal & selected(table)

@@ -141,6 +141,7 @@ def _visible(pattern: Pattern | None, row: Row, rows: Tensor) -> Tensor | None:
 
 
 def rounding(dtype: torch.dtype, true: Tensor) -> float:
+    """What rounding alone may take: 2·eps of the largest true value."""
     most = float(true.abs().max())
     # An output is a mean of many values, far below 1: in a narrow dtype 2·eps alone would forgive many keys lost.
     return 2 * torch.finfo(dtype).eps * (max(1.0, most) if dtype == torch.float32 else most)
