@@ -425,6 +425,14 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
     }
 }
 
+// A dot product in the very order of `dots_at`: where one key has all the weight, δ is its product with dO to the bit.
+static float same_dot(const Rows& a, const Rows& b, int64_t n, int64_t dim) {
+    Floats sums[lanes]{};
+    for (int64_t d = 0; d < dim; d += lanes)
+        sums[0] += load_some(a.data + n * a.stride + d, dim - d) * load_some(b.data + n * b.stride + d, dim - d);
+    return sums_of(sums)[0];
+}
+
 // The gradients of a tile of queries. It keeps those of its queries to the end; those of the keys of a stretch it collects
 // by itself, and adds them to what the tiles before it have added, in their order, as backward.hpp does.
 static int64_t collected_keys(const Call& call) { return stretch_of(call, true) * call.chosen.block; }
@@ -458,11 +466,11 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t t = 0; t < band.count; t += tile) {
             const int64_t head = band.head * rows + row, first = band.first + t, count = least(tile, band.count - t);
-            const int64_t to = row * padding + t;
-            rows_ready(g, (band.batch * call.heads + head) * call.queries + first, count,
-                       rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a),
-                       rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b),
-                       {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+            const int64_t to = row * padding + t, of = (band.batch * call.heads + head) * call.queries + first;
+            const Rows d_rows = rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a);
+            const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
+            rows_ready(g, of, count, d_rows, out_rows, {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+            for (int64_t n = 0; n < count; ++n) delta[to + n] = same_dot(d_rows, out_rows, n, call.value_dim) - (g.d_lse ? g.d_lse[of + n] : 0);
         }
     std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
     int64_t done = 0;
