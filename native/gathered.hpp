@@ -158,7 +158,7 @@ struct Source {
 };
 
 // The next keys of a query before entry `end`; `inside`: keys of its current block that are done.
-static bool pick_next(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Picked& picked) {
+static bool pick_keys(const Call& call, Wish& wish, int64_t& inside, int64_t end, Picked& picked) {
     int64_t n = 0;
     while (n < tile && wish.at < wish.end && wish.list[wish.at] < end) {
         const int64_t block = wish.list[wish.at] * call.chosen.block;
@@ -172,11 +172,18 @@ static bool pick_next(const Call& call, Wish& wish, int64_t& inside, int64_t end
             ++wish.at, inside = 0;
         }
     }
+    picked.count = n;
+    return n;
+}
+
+// The same, with whole vectors of their keys and values.
+static bool pick_next(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Picked& picked) {
+    if (!pick_keys(call, wish, inside, end, picked)) return false;
+    const int64_t n = picked.count;
     keys.rows(picked.key, n, picked.k), values.rows(picked.key, n, picked.v);
     // The last few keys are worked on as many at a time as all others are.
     for (int64_t at = n; at < (n + lanes - 1) / lanes * lanes; ++at) picked.k[at] = picked.k[n - 1], picked.v[at] = picked.v[n - 1];
-    picked.count = n;
-    return n;
+    return true;
 }
 
 // out[row][key] for some rows and `lanes / rows` keys, whole vectors of each.
