@@ -16,7 +16,7 @@
 #include <unistd.h>
 #endif
 
-#include "pool.hpp"
+#include "pieces.hpp"
 
 namespace foveate {
 
@@ -137,40 +137,10 @@ const Kernel* choose(const char* name) {
 
 namespace {
 
-// Each thread keeps its scratch from call to call.
-char* scratch_of(int64_t bytes) {
-    struct Free {
-        void operator()(char* memory) const { std::free(memory); }
-    };
-    thread_local std::unique_ptr<char, Free> memory;
-    thread_local int64_t size = 0;
-    const auto renew = [](int64_t wanted) {
-        void* found = nullptr;
-        memory.reset();
-        if (posix_memalign(&found, 64, static_cast<size_t>(wanted))) std::abort();
-        memory.reset(static_cast<char*>(found)), size = wanted;
-    };
-#if defined(FOVEATE_EXACT_SCRATCH)
-    // For tests: not a byte more than was asked for, and NaN instead of what the last call left.
-    renew(bytes);
-    std::memset(memory.get(), 0xff, static_cast<size_t>(bytes));
-#else
-    if (size < bytes) renew((bytes + 4095) / 4096 * 4096);
-#endif
-    return memory.get();
-}
-
-template <typename Body>
-void spread(int threads, int64_t count, const Body& body) {
-    spread_over(threads, count, [](void* context, int64_t n) { (*static_cast<const Body*>(context))(n); },
-                const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-// Waking a thread costs some microseconds: not worth it below about a tenth of a millisecond of work.
-int threads_for(double products, int threads) { return products < 2e6 ? 1 : threads; }
-
 // How many of the pairs are visible, about.
 double share(const Call& call) {
+    if (call.chosen.indices)
+        return std::min(1.0, double(call.chosen.count * call.chosen.block) / double(std::max<int64_t>(1, call.keys)));
     if (call.offsets) {
         const int64_t rows = call.tile_batch * call.tile_heads * tiles_of(call.queries);
         const int64_t listed = call.offsets[call.tile_batch * call.tile_heads * (tiles_of(call.queries) + 1) - 1];
@@ -220,6 +190,43 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
                      scratch_of(bytes));
 }
 
+// Pieces of work of a selection: tiles of queries, the last first.
+struct Tiles {
+    int64_t queries, height, count;
+
+    Tiles(const Call& call, int64_t height) : queries(call.queries), height(height) {
+        count = (queries + height - 1) / height;
+    }
+    Band at(int64_t batch, int64_t unit, int64_t n) const {
+        const int64_t first = (count - 1 - n) * height;
+        return {batch, unit, first, std::min(height, queries - first)};
+    }
+};
+
+void gather_all(const Call& call, const Kernel& kernel, int threads) {
+    const int64_t units = kernel.gathered_units(call), bytes = kernel.gathered_bytes(call);
+    const Tiles tiles(call, kernel.gathered_height(call));
+    spread(threads_for(products_of(call), threads), call.batch * units * tiles.count, [&](int64_t n) {
+        const int64_t at = n / tiles.count;
+        kernel.gathered(call, tiles.at(at / units, at % units, n % tiles.count), scratch_of(bytes));
+    });
+}
+
+void gather_gradients(Gradients& gradients, const Kernel& kernel, int threads) {
+    const Call& call = gradients.call;
+    const int64_t groups = call.batch * call.key_heads, bytes = kernel.gathered_backward_bytes(call);
+    const int64_t lists = kernel.gathered_units(call) / call.key_heads;  // of a key head
+    const Tiles tiles(call, kernel.gathered_height(call));
+    const int64_t turns = lists * tiles.count;
+    std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
+    gradients.passed = passed.data();
+    spread(threads, groups * turns, [&](int64_t n) {
+        const int64_t turn = n / groups, at = n % groups, key_head = at % call.key_heads;
+        const Band band = tiles.at(at / call.key_heads, key_head * lists + turn / tiles.count, turn % tiles.count);
+        kernel.gathered_backward(gradients, band, turn, turns, scratch_of(bytes));
+    });
+}
+
 // Whether rows are so few that keys are better put in the lanes.
 bool is_decoding(const Call& call) {
     const int64_t rows = call.heads / call.key_heads * call.queries;
@@ -229,6 +236,7 @@ bool is_decoding(const Call& call) {
 }  // namespace
 
 void forward(const Call& call, const Kernel& kernel, int threads) {
+    if (call.chosen.indices) return gather_all(call, kernel, threads);
     if (is_decoding(call)) return decode_all(call, kernel, threads);
     // Keys and values of half precision are prepared once for a band; tall ones, as long as all threads have several.
     const int64_t rows = tiles_of(call.queries) * call.batch * call.heads;
@@ -246,6 +254,7 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const Call& call = gradients.call;
     threads = threads_for(3 * products_of(call), threads);
     const int64_t group = call.heads / call.key_heads, groups = call.batch * call.key_heads;
+    if (call.chosen.indices) return gather_gradients(gradients, kernel, threads);
     const Bands bands(call, std::min(most_tiles, std::max<int64_t>(1, 768 / std::max<int64_t>(1, call.dim + call.value_dim))));
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));

@@ -16,6 +16,16 @@ struct View {
     int64_t batch, head, row;
 };
 
+// Keys, or blocks of keys, that each query chose: entry n of a list are the keys from n · block on. In any order, an entry
+// outside the call is none, a repeated one counts once. Each of `heads` lists serves neighbouring query heads.
+struct Selection {
+    const void* indices;  // [batch, heads, queries, count], int64 if `wide`, else int32; null: no selection
+    int64_t strides[3];   // of batch, head and query (0: shared); the last one is 1
+    int64_t count, block, heads;
+    bool wide;
+    int32_t* outside;     // becomes 1 if there is an entry that is neither in the call nor −1
+};
+
 struct Call {
     Dtype dtype;
     View q, k, v, out;
@@ -51,6 +61,8 @@ struct Call {
     const int64_t* partial;  // −1: whole, else the place in bits
     const uint64_t* bits;    // [place, query row]: bit j is key j
     int64_t tile_batch, tile_heads;
+    // With a selection: of what the reach shows, the chosen keys alone. Then there are no summary, bias, dropout and pages.
+    Selection chosen;
 };
 
 // The backward pass: `call` as in the forward pass, with its results; gradients are float32 and contiguous.
@@ -78,6 +90,10 @@ struct Looked {
     std::atomic<int64_t>* passed;
 };
 
+struct Linear;  // linear.hpp has these
+struct LinearGradients;
+struct Columnar;
+
 // Rows of tiles that one piece of work takes: what it prepares of a tile of keys serves all of them.
 struct Band {
     int64_t batch, head, first, count;  // in tile rows
@@ -97,9 +113,19 @@ struct Kernel {
     int64_t (*part_floats)(const Call&);  // of one row
     void (*decode)(const Call&, int64_t batch, int64_t key_head, int64_t first, int64_t end, float* part, char* scratch);
     void (*merge)(const Call&, int64_t batch, int64_t key_head, const float* parts, int64_t count, int64_t step, char* scratch);
+    int64_t (*gathered_bytes)(const Call&);
+    int64_t (*gathered_height)(const Call&);  // queries of a piece of work
+    int64_t (*gathered_units)(const Call&);   // lists of a query; `head` of a band is one of them, `first` a query
+    void (*gathered)(const Call&, const Band&, char* scratch);
+    int64_t (*gathered_backward_bytes)(const Call&);
+    void (*gathered_backward)(const Gradients&, const Band&, int64_t turn, int64_t turns, char* scratch);
     int64_t (*looked_bytes)(const Looked&);
     void (*rows_looked)(const Looked&, const Band&, char* scratch);
     void (*keys_received)(const Looked&, const Band&, int64_t turn, int64_t turns, char* scratch);
+    int64_t (*linear_bytes)(const Linear&, int64_t columns);
+    void (*linear)(const Linear&, const Columnar&, char* scratch);
+    int64_t (*linear_backward_bytes)(const Linear&, int64_t columns);
+    void (*linear_backward)(const LinearGradients&, const Columnar&, char* scratch);
 };
 
 inline int64_t start_of(const Call& call, int64_t batch) { return call.starts ? call.starts[batch] : call.start; }

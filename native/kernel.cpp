@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "attention.hpp"
+#include "linear.hpp"
 
 #if defined(FOVEATE_AMX)
 #define UNIT amx
@@ -52,7 +52,11 @@ namespace UNIT {
 #include "backward_pairs.hpp"
 #include "score_gradients.hpp"
 #include "decode.hpp"
+#include "gathered.hpp"
 #include "looked.hpp"
+#include "linear_chunk.hpp"
+#include "linear_forward.hpp"
+#include "linear_backward.hpp"
 
 // bfloat16 in pairs, where the instructions are there; everything else as float32.
 static int64_t any_forward_bytes(const Call& call, int64_t tile_rows) {
@@ -88,7 +92,10 @@ const Kernel NAMED(kernel_, UNIT) = {
     UNIT::any_backward_bytes, UNIT::any_backward,
     UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
     UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
+    UNIT::gathered_bytes, UNIT::gathered_height, UNIT::gathered_units, UNIT::gathered,
+    UNIT::gathered_backward_bytes, UNIT::gathered_backward,
     UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,
+    UNIT::linear_bytes, UNIT::linear, UNIT::linear_backward_bytes, UNIT::linear_backward,
 };
 
 }  // namespace foveate

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "linear.hpp"
 #include "pool.hpp"
 #include "ceiling.hpp"
 
@@ -38,7 +39,7 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
                              const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages,
                              float softcap, const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias,
                              int64_t sinks, int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
-                             const std::array<int64_t, 6>& tiles) {
+                             const std::array<int64_t, 6>& tiles, const std::array<int64_t, 9>& selection) {
     foveate::Call call{};
     call.dtype = static_cast<foveate::Dtype>(dtype);
     call.q = view(q), call.k = view(k), call.v = view(v), call.out = view(out);
@@ -62,6 +63,10 @@ static foveate::Call call_of(int dtype, const Matrix& q, const Matrix& k, const 
     call.offsets = address<const int64_t>(tiles[0]), call.columns = address<const int64_t>(tiles[1]);
     call.partial = address<const int64_t>(tiles[2]), call.bits = address<const uint64_t>(tiles[3]);
     call.tile_batch = tiles[4], call.tile_heads = tiles[5];
+    call.chosen.indices = address<const void>(selection[0]);
+    for (int n = 0; n < 3; ++n) call.chosen.strides[n] = selection[n + 1];
+    call.chosen.count = selection[4], call.chosen.block = selection[5], call.chosen.heads = selection[6];
+    call.chosen.wide = selection[7] == 8, call.chosen.outside = address<int32_t>(selection[8]);
     return call;
 }
 
@@ -71,10 +76,10 @@ static auto bound(void (*function)(const foveate::Call&, const foveate::Kernel&,
                       const std::array<int64_t, 7>& sizes, float scale, const std::array<int64_t, 3>& pages, float softcap,
                       const std::array<int64_t, 3>& distances, const std::array<int64_t, 5>& bias, int64_t sinks,
                       int64_t seed, double dropout, const std::array<int64_t, 5>& reach,
-                      const std::array<int64_t, 6>& tiles, const std::string& kernel, int threads, More... more) {
+                      const std::array<int64_t, 6>& tiles, const std::array<int64_t, 9>& selection, const std::string& kernel, int threads, More... more) {
         const foveate::Kernel& chosen = kernel_of(kernel);
         const foveate::Call call = call_of(dtype, q, k, v, out, lse, sizes, scale, pages, softcap, distances, bias, sinks,
-                                           seed, dropout, reach, tiles);
+                                           seed, dropout, reach, tiles, selection);
         nb::gil_scoped_release release;
         function(call, chosen, threads, more...);
     };
@@ -106,6 +111,57 @@ static void looked(const foveate::Call& call, const foveate::Kernel& kernel, int
     looked.rest = address<float>(sums[0]), looked.entropy = address<float>(sums[1]);
     looked.received = address<float>(sums[2]);
     foveate::looked(looked, kernel, threads);
+}
+
+using Numbers = std::array<int64_t, 5>;  // a Matrix and its dtype
+using Steps = std::array<int64_t, 4>;    // address, then the strides of batch, head and step
+
+static foveate::Typed typed(const Numbers& numbers) {
+    return {{address<void>(numbers[0]), numbers[1], numbers[2], numbers[3]}, static_cast<foveate::Dtype>(numbers[4])};
+}
+static foveate::Gate gate(const Steps& steps) { return {address<const float>(steps[0]), steps[1], steps[2], steps[3]}; }
+
+// The fields are those of foveate::Linear.
+static foveate::Linear linear_of(const std::array<Numbers, 4>& tensors, const std::array<int64_t, 6>& sizes, float scale,
+                                 const std::array<bool, 3>& kinds, const std::array<Steps, 2>& gates,
+                                 const std::array<int64_t, 2>& resets, const std::array<int64_t, 4>& states) {
+    foveate::Linear call{};
+    call.q = typed(tensors[0]), call.k = typed(tensors[1]), call.v = typed(tensors[2]), call.out = typed(tensors[3]);
+    call.batch = sizes[0], call.heads = sizes[1], call.key_heads = sizes[2];
+    call.steps = sizes[3], call.dim = sizes[4], call.value_dim = sizes[5];
+    call.scale = scale;
+    call.delta_rule = kinds[0], call.reads = kinds[1], call.by_channel = kinds[2];
+    call.decay = gate(gates[0]), call.beta = gate(gates[1]);
+    call.resets = address<const uint8_t>(resets[0]), call.reset_batch = resets[1];
+    call.state = address<const float>(states[0]), call.last = address<float>(states[1]);
+    call.saved = address<float>(states[2]), call.segment = states[3];
+    return call;
+}
+
+template <typename... More>
+static auto bound_linear(void (*function)(const foveate::Linear&, const foveate::Kernel&, int, More...)) {
+    return [function](const std::array<Numbers, 4>& tensors, const std::array<int64_t, 6>& sizes, float scale,
+                      const std::array<bool, 3>& kinds, const std::array<Steps, 2>& gates, const std::array<int64_t, 2>& resets,
+                      const std::array<int64_t, 4>& states, const std::string& kernel, int threads, More... more) {
+        const foveate::Kernel& chosen = kernel_of(kernel);
+        const foveate::Linear call = linear_of(tensors, sizes, scale, kinds, gates, resets, states);
+        nb::gil_scoped_release release;
+        function(call, chosen, threads, more...);
+    };
+}
+
+static void linear(const foveate::Linear& call, const foveate::Kernel& kernel, int threads) {
+    foveate::linear(call, kernel, threads);
+}
+
+static void linear_backward(const foveate::Linear& call, const foveate::Kernel& kernel, int threads, const Numbers& d_out,
+                            int64_t d_last, const std::array<int64_t, 6>& gradients, int64_t slices) {
+    foveate::LinearGradients g{};
+    g.call = call, g.slices = slices;
+    g.d_out = typed(d_out), g.d_last = address<const float>(d_last);
+    g.dq = address<float>(gradients[0]), g.dk = address<float>(gradients[1]), g.dv = address<float>(gradients[2]);
+    g.d_decay = address<float>(gradients[3]), g.d_beta = address<float>(gradients[4]), g.d_state = address<float>(gradients[5]);
+    foveate::linear_backward(g, kernel, threads);
 }
 
 static std::vector<std::pair<std::string, std::string>> variants() {
@@ -150,4 +206,6 @@ NB_MODULE(_native, module) {
     module.def("forward", bound(&forward));
     module.def("backward", bound(&backward));
     module.def("looked", bound(&looked));
+    module.def("linear", bound_linear(&linear));
+    module.def("linear_backward", bound_linear(&linear_backward));
 }

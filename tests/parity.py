@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from families import Inputs, flat, sharpened, top_weight
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 import foveate as fv
 from foveate import checkpoints, naming
@@ -75,21 +76,20 @@ def _same(case: Case, ours: nn.Module, theirs: nn.Module, inputs: Inputs) -> Non
     for key, value in found.items():
         _close(key, value, truth[key], inputs)
     mine, wanted = (_total({key: outputs[key] for key in found}, inputs) for outputs in (found, truth))
-    parameters = dict(theirs.named_parameters(remove_duplicate=False))
     wanted.backward()
     mine.backward()
-    gradients = _gradients(ours)
-    largest = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
+    true_gradients = _written(theirs)
+    largest = max(float(gradient.abs().max()) for gradient in true_gradients.values())
     seen = set()
-    for name, (gradient, aliases) in gradients.items():
-        key = next(key for key in (name, *aliases) if key in parameters)
-        true_gradient = parameters[key].grad
-        seen.add(id(parameters[key]))
+    for name, (gradient, aliases) in _gradients(ours).items():
+        key = next((key for key in (name, *aliases) if key in true_gradients), name)
+        true_gradient = true_gradients.get(key)
+        seen |= {name, *aliases}
         assert (gradient is None) == (true_gradient is None), name
         if gradient is not None and true_gradient is not None and not any(part in name for part in case.dull):
             off = float((gradient - true_gradient).abs().max())
             assert off <= 1e-4 * max(float(true_gradient.abs().max()), 1e-3 * largest), (name, off)
-    assert {id(parameter) for parameter in parameters.values()} <= seen
+    assert true_gradients.keys() <= seen
     theirs.zero_grad(set_to_none=True)
     ours.zero_grad(set_to_none=True)
 
@@ -132,6 +132,12 @@ def _recorded(model: nn.Module, lists: Any) -> Iterator[list[tuple[str, Tensor]]
     yield found
     for hook in hooks:
         hook.remove()
+
+
+def _written(theirs: nn.Module) -> dict[str, Tensor]:
+    """Their gradients by the names, and in the shapes, in which Hugging Face writes the parameters."""
+    found = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    return dict(revert_weight_conversion(theirs, found))
 
 
 def _gradients(model: nn.Module) -> dict[str, tuple[Tensor | None, list[str]]]:

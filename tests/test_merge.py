@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate as fv
+from foveate import merging
 
 MODEST = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 TERMS = ("none", "bias", "softcap", "sinks", "together")
@@ -107,3 +108,71 @@ def test_two_parts_without_keys_merge_to_none():
         out.sum() + lse.masked_fill(lse == -math.inf, 0).sum(), [x for pair in parts for x in pair]
     )
     assert all((x == 0).all() for x in found)
+
+
+def outs(count, *, gradient=False):
+    return [random(BATCH, HEADS, 5, VALUE_DIM, seed=n).requires_grad_(gradient) for n in range(count)]
+
+
+def test_gates_weigh_and_0_lets_nothing_through():
+    parts, gates = outs(3, gradient=True), random(BATCH, HEADS, 5, 3, seed=9).sigmoid().requires_grad_()
+    true = torch.einsum("cbhnd,bhnc->bhnd", torch.stack(parts), gates)
+    found = fv.merge_by_gates(parts, gates)
+    near(found, true)
+    for mine, want in zip(gradients((found,), (*parts, gates)), gradients((true,), (*parts, gates)), strict=True):
+        near(mine, want)
+    closed = gates.detach().clone()
+    closed[..., 1] = 0
+    bad = [parts[0], torch.full_like(parts[1], math.nan).requires_grad_(), parts[2]]
+    out = fv.merge_by_gates(bad, closed)
+    near(out, fv.merge_by_gates([parts[0], parts[2]], closed[..., [0, 2]]))
+    assert (torch.autograd.grad(out.sum(), bad[1])[0] == 0).all()
+    one = fv.merge_by_gates(parts, gates[:, :1, :1])  # one gate for all heads and rows
+    near(one, torch.einsum("cbhnd,bc->bhnd", torch.stack(parts), gates[:, 0, 0]))
+
+
+def test_gates_of_shares_are_the_merge_by_log_sum_exp():
+    parts = [(out, random(BATCH, HEADS, 5, seed=n)) for n, out in enumerate(outs(3))]
+    shares = torch.stack([lse for _, lse in parts], -1).softmax(-1)
+    near(fv.merge_by_gates([out for out, _ in parts], shares), fv.merge(parts)[0])
+
+
+def test_rows_replace_and_minus_1_is_none():
+    out, part = outs(2, gradient=True)
+    part = part[:, :, :3]
+    rows = torch.tensor([[4, 0, 2], [1, -1, -1]])
+    found = fv.merge_by_rows(out, part, rows)
+    true = out.detach().clone()
+    for b, taken in enumerate(rows.tolist()):
+        for i, row in enumerate(taken):
+            if row >= 0:
+                true[b, :, row] = part.detach()[b, :, i]
+    near(found, true, 1)
+    d_out, d_part = gradients((found,), (out, part))
+    weights = random(*found.shape, seed=5)
+    for b, taken in enumerate(rows.tolist()):
+        for row in range(5):
+            near(d_out[b, :, row], torch.zeros_like(d_out[b, :, row]) if row in taken else weights[b, :, row], 1)
+        for i, row in enumerate(taken):
+            near(d_part[b, :, i], weights[b, :, row] if row >= 0 else torch.zeros_like(d_part[b, :, i]), 1)
+    near(fv.merge_by_rows(out, part, rows[:1]), fv.merge_by_rows(out, part, rows[0]), 1)
+    near(fv.merge_by_rows(out[0], part[0], rows[0]), fv.merge_by_rows(out, part, rows)[0], 1)
+    nothing = torch.zeros(0, dtype=torch.long)
+    near(fv.merge_by_rows(out, part[:, :, :0], nothing), out, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fv.merge_by_gates([], random(1)), "merge_by_gates was given no outs"),
+        (lambda: fv.merge_by_gates(outs(2), random(BATCH, HEADS, 5, 3)), "the gates are .* for 2 outs .*5, 2"),
+        (lambda: fv.merge_by_gates(outs(2), random(2)), "the gates are <float64 2>"),
+        (lambda: fv.merge_by_gates([outs(1)[0], outs(1)[0].float()], random(2)), "wanted one shape and dtype"),
+        (lambda: fv.merge_by_rows(*outs(2), torch.tensor([0, 1, 2, 3, 5])), "the rows go from 0 to 5: wanted 0 to 4"),
+        (lambda: merging.by_rows(*outs(2), torch.tensor([0, 1])), r"the rows are <int64 2> .*: wanted \[5\]"),
+        (lambda: fv.merge_by_rows(outs(1)[0], outs(1)[0].float(), torch.arange(5)), "wanted the same, but for the num"),
+    ],
+)
+def test_a_wrong_merge_gets_a_sentence(call, message):
+    with pytest.raises(fv.InvalidInput, match=message):
+        call()

@@ -28,5 +28,11 @@ def forward(*call: object) -> None:
 def backward(*call: object) -> None:
     """Then d_out, d_lse, (dq, dk, dv), (d_bias, its sizes), (d_distances, its batch rows); fills the gradients."""
 
+def linear(*call: object) -> None:
+    """What `foveate.linear.native` makes of a call of its own; fills out, the last state, and those that are kept."""
+
+def linear_backward(*call: object) -> None:
+    """The same, then d_out, the gradient of the last state, addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices."""
+
 def looked(*call: object) -> None:
     """Then how many keys to keep, indices, weights, (rest, entropy, received); fills them and lse."""

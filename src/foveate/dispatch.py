@@ -158,7 +158,7 @@ def is_observed() -> bool:
     return bool(_OBSERVERS.get())
 
 
-LINEAR_NAMES = ("chunked", "recurrence")
+LINEAR_NAMES = ("native", "chunked", "recurrence")
 
 
 @runtime_checkable
@@ -175,6 +175,10 @@ class LinearImplementation(Protocol):
 def linear_implementation(name: str) -> LinearImplementation:
     """The module of the linear family behind a name, loaded on first use."""
     match name:
+        case "native":
+            from foveate.linear import native
+
+            return native
         case "chunked":
             from foveate.linear import chunked
 
@@ -190,10 +194,17 @@ def linear_implementation(name: str) -> LinearImplementation:
 def dispatch_linear(problem: LinearProblem, backend: str = "auto") -> tuple[Tensor, LinearState]:
     """Run the first implementation of the linear family that does not refuse, or the named one."""
     if backend == "auto":
-        backend = "recurrence" if problem.k.shape[2] <= 1 else "chunked"  # one step needs no chunk
+        backend = _linear_choice(problem)
     chosen = linear_implementation(backend)
     reasons = chosen.refuses(problem)
     if reasons:
         raise unsupported({backend: reasons})
     with without_autocast(problem.q.device):
         return problem.result(*chosen.run(problem))
+
+
+def _linear_choice(problem: LinearProblem) -> str:
+    """Compiled kernels where they can; else one step needs no chunk."""
+    if not linear_implementation("native").refuses(problem):
+        return "native"
+    return "recurrence" if problem.k.shape[2] <= 1 else "chunked"

@@ -14,6 +14,10 @@
     linformer_attention, nystrom_attention
                         through a fixed number of keys: projected by a learned matrix, or means of segments
     lsh_attention       among the tokens that a hash puts side by side
+    dilated_attention, strided_attention, fixed_attention
+                        spread-out patterns in the time that they promise
+    merge_by_gates, merge_by_rows
+                        several attentions as one, weighted, or each for some rows
     rope                q or k turned by angles that grow with their positions
 
 Shapes: q `[batch, query heads, queries, dim]`, k `[batch, key heads, keys, dim]`, v `[batch, key heads, keys, value
@@ -29,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate import additive, capture, hard, hashing, lowrank, shortcut
+from foveate import additive, capture, factorized, hard, hashing, lowrank, merging, shortcut
 from foveate.dispatch import Choice, choose, dispatch, dispatch_linear
 from foveate.errors import InvalidInput
 from foveate.hard import Chosen
@@ -199,6 +203,46 @@ def merge(
                 "wanted outs of one shape and dtype, and for each its lse without the last dimension"
             )
     return merge_states(pairs)
+
+
+def merge_by_gates(
+    outs: Sequence[Float[Tensor, "*batch heads queries value_dim"]], gates: Tensor
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """Σ gates[…, c] · outs[c]: several attentions, weighted for each row as the model likes.
+
+    gates are floats `[*batch, heads, queries, parts]`, an axis may be 1: sigmoids of x, say. They are not normalised,
+    and a gate of exactly 0 lets nothing through.
+
+    Yuan et al. 2025, "Native Sparse Attention", equation 5: https://arxiv.org/abs/2502.11089
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> near, far = torch.ones(1, 2, 3), 10 * torch.ones(1, 2, 3)  # [heads, queries, value dim]
+    >>> fv.merge_by_gates([near, far], torch.tensor([[[0.5, 0.0], [0.0, 0.5]]]))[0]
+    tensor([[0.5000, 0.5000, 0.5000],
+            [5.0000, 5.0000, 5.0000]])
+    """
+    return merging.by_gates(outs, gates)
+
+
+def merge_by_rows(
+    out: Float[Tensor, "*batch heads queries value_dim"],
+    part: Float[Tensor, "*batch heads rows value_dim"],
+    rows: Int[Tensor, " rows"] | Int[Tensor, "batch_or_one rows"],
+) -> Float[Tensor, "*batch heads queries value_dim"]:
+    """`out`, with row rows[i] of every head taken from row i of `part`: another attention for some of the queries.
+
+    rows are different integers, one list for all or one for each of the batch; −1 is none, so that lists may differ in
+    length. What is replaced gets no gradient.
+
+    Beltagy et al. 2020, Longformer's global tokens: https://arxiv.org/abs/2004.05150
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> fv.merge_by_rows(torch.zeros(1, 4, 2), torch.ones(1, 2, 2), torch.tensor([3, -1]))[0, :, 0]
+    tensor([0., 0., 0., 1.])
+    """
+    return merging.by_rows(out, part, rows)
 
 
 def linear_attention(
@@ -648,6 +692,94 @@ def lsh_attention(
     return out if batched else out[0]
 
 
+def dilated_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    step: int,
+    pattern: Pattern | Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """Attention among the positions i, i ± step, i ± 2·step, …, and of these those that `pattern` names.
+
+    The pattern counts within a residue class: `dilated_attention(q, k, v, 4, causal & window(64))` is
+    `attention(q, k, v, causal & window(64, step=4))` in a quarter of the time.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Beltagy et al. 2020, section 3.1: https://arxiv.org/abs/2004.05150
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 11, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.window(2, step=4))
+    >>> torch.allclose(fv.dilated_attention(q, k, v, 4, fv.window(2)), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    if isinstance(pattern, Tensor):
+        raise InvalidInput(f"the pattern is {describe(pattern)}: wanted one of positions, such as window(64)")
+    out = factorized.dilated(call, step, pattern)
+    return out if batched else out[0]
+
+
+def strided_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    stride: int,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """`attention(q, k, v, strided(stride))` in time length · (stride + length / stride): least at √length.
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Child et al. 2019, section 4.3: https://arxiv.org/abs/1904.10509
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.strided(10))
+    >>> torch.allclose(fv.strided_attention(q, k, v, 10), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    out = factorized.strided(call, stride)
+    return out if batched else out[0]
+
+
+def fixed_attention(
+    q: Float[Tensor, "*batch heads length dim"],
+    k: Float[Tensor, "*batch key_heads length dim"],
+    v: Float[Tensor, "*batch key_heads length value_dim"],
+    stride: int,
+    last: int = 1,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch heads length value_dim"]:
+    """`attention(q, k, v, fixed(stride, last))` in time length · (stride + last · length / stride).
+
+    Raises:
+        InvalidInput: the call is wrong, as in `attention`; there are more or fewer queries than keys.
+
+    Child et al. 2019, section 4.3: https://arxiv.org/abs/1904.10509
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 8).unbind()
+    >>> same = fv.attention(q, k, v, fv.fixed(10, 2))
+    >>> torch.allclose(fv.fixed_attention(q, k, v, 10, 2), same, atol=1e-6)
+    True
+    """
+    call, batched = _self_problem(q, k, v, scale)
+    out = factorized.fixed(call, stride, last)
+    return out if batched else out[0]
+
+
 def rope(
     x: Float[Tensor, "*batch heads length size"],
     positions: Int[Tensor, " length"] | Int[Tensor, "batch_or_one length"],
@@ -686,6 +818,11 @@ def rope(
 
 def _chosen(chosen: Chosen, batched: bool) -> Chosen:
     return chosen if batched else Chosen(*(part[0] for part in chosen))
+
+
+def _self_problem(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Problem, bool]:
+    """The checked problem of a mechanism that makes its own pattern."""
+    return _problem(q, k, v, None, None, scale, None, None, 0.0, None, needs_lse=False)
 
 
 def _problem(

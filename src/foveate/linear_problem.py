@@ -60,6 +60,12 @@ class LinearProblem:
     skipped: Tensor | None
     dtype: torch.dtype
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether autograd will ask for any gradient of this call."""
+        tensors = (self.q, self.k, self.v, self.decay, self.beta, self.state)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
     def result(self, out: Tensor, state: Tensor) -> tuple[Tensor, LinearState]:
         """(out in the caller's dtype, the state handed on) from what an implementation computed."""
         s, z = state, None

@@ -245,3 +245,9 @@ def uniform_words(seed: int, batch: Tensor, head: Tensor, query: Tensor, key: Te
             left & low,
         ]
     return torch.stack(words, -1).gather(-1, (key % 4).expand(shape)[..., None]).squeeze(-1)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x with a unit last stride and an aligned address, copied only if it has to be."""
+    aligned = x.data_ptr() % x.element_size() == 0
+    return x if aligned and (x.stride(3) == 1 or x.shape[3] == 1) else x.clone(memory_format=torch.contiguous_format)

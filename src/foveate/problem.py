@@ -65,19 +65,19 @@ class Problem:
         return grid(*self.shape, self.query_start, self.q.device, box)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 @dataclass(frozen=True)
 class Result:
     """out `[B, Hq, Nq, Dv]` in q's dtype; lse `[B, Hq, Nq]`, natural logarithm, float32 or wider, or None."""
 
     out: Tensor
     lse: Tensor | None
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

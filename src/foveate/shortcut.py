@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.dispatch import Implementation, decide, is_observed
 from foveate.pattern.algebra import Pattern
-from foveate.problem import Problem
+from foveate.problem import Problem, is_transformed
 
 Signature = tuple[Hashable, ...]
 
@@ -36,7 +36,7 @@ def signature(
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed():
         return None
     device = q.device
     if device.type == "meta" or torch.is_autocast_enabled(device.type):

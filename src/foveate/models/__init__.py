@@ -6,7 +6,15 @@ from foveate.naming import Format
 
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
+    "bert": "bert",
+    "deit": "vit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "distilbert": "distilbert",
     "gpt2": "gpt2",
+    "roberta": "roberta",
+    "vit": "vit",
+    "xlm-roberta": "roberta",
 }
 
 

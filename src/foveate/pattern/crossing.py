@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import parse
+from foveate.pattern.lists import Lists, is_listed, lists
 from foveate.pattern.memory import summarise
 from foveate.pattern.summary import Summary
 
@@ -62,3 +63,13 @@ def tiles(
     if spec == _SUMMARY:
         return Summary(queries, keys, tile, *held)
     return summarise(parse(spec, held), batch, heads, queries, keys, query_start, tile)
+
+
+def listed(
+    spec: str, held: Sequence[Tensor], batch: int, heads: int, queries: int, keys: int, query_start: int | Tensor
+) -> Lists | None:
+    """The lists of what `written` wrote; None for a pattern that is more than a selection, or none."""
+    if not spec or spec == _SUMMARY or "selected(" not in spec:
+        return None
+    pattern = parse(spec, held)
+    return lists(pattern, batch, heads, queries, keys, query_start) if is_listed(pattern) else None

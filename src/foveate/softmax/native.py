@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.errors import unsupported
-from foveate.pattern.crossing import cannot_cross, tiles, written
+from foveate.errors import InvalidInput, unsupported
+from foveate.pattern.crossing import cannot_cross, listed, tiles, written
+from foveate.pattern.lists import Lists
 from foveate.pattern.reach import reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
+from foveate.primitives import readable
 from foveate.problem import Problem, Result, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
@@ -166,7 +168,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None) -> None:
         batch, heads, queries, dim = q.shape
         keys = k.shape[2] if pages is None else pages.capacity
-        self.alive = [_readable(q), _readable(k), _readable(v)]
+        self.alive = [readable(q), readable(k), readable(v)]
         self.sizes = (batch, heads, k.shape[1], queries, keys, dim, v.shape[3])
         self.dtype = _DTYPES[q.dtype]
         self.given = given
@@ -178,26 +180,44 @@ class _Call:
         sinks = None if self.score is None or self.score.sinks is None else self.score.sinks.logits
         self.pages = (0, 0, 0) if pages is None else (self._hold(pages.table), pages.table.shape[1], pages.size)
         self.sinks = 0 if sinks is None else self._hold(sinks.float())
+        self.outside = torch.zeros(1, dtype=torch.int32)
 
     def _hold(self, x: Tensor) -> int:
         """The address of a contiguous tensor, which lives as long as this does."""
         self.alive.append(x.contiguous())
         return self.alive[-1].data_ptr()
 
-    def arguments(self, out: Tensor, lse: Tensor, rest: Tensor | None = None) -> tuple[Any, ...]:
+    def lists(self, gradients: Sequence[bool] = ()) -> Lists | None:
+        """The keys that every query chose, if the pattern is that and the kernel gathers; None: tiles are as good.
+
+        It has no dropout and no bias tensor, and no `gradients` of what depends on distance.
+        """
+        given, (batch, heads, _, queries, keys) = self.given, self.sizes[:5]
+        terms = self.score.biases if self.score else ()
+        wanted = any(wish for term, wish in zip(terms, gradients, strict=False) if hasattr(term, "collect"))
+        if self.bias is not None or given.dropout or wanted or self.pages[0]:
+            return None
+        return listed(given.pattern, given.held, batch, heads, queries, keys, self.position)
+
+    def arguments(
+        self, out: Tensor, lse: Tensor, rest: Tensor | None = None, lists: Lists | None = None
+    ) -> tuple[Any, ...]:
         """What `_native.forward` and its kin take first."""
         q, k, v = self.alive[:3]
         given, bias, distances = self.given, self.bias, self.distances
         batch, heads, _, queries, keys = self.sizes[:5]
         tiles_at = (0, 0, 0, 0, 1, 1)
-        if given.pattern:
+        limits, chosen_at = (given.lengths, given.left, given.right), (0, 0, 0, 0, 0, 1, 1, 8, 0)
+        if lists is not None:
+            limits, chosen_at = self._chosen(lists)
+        elif given.pattern:
             summary = tiles(given.pattern, given.held, batch, heads, queries, keys, self.position, TILE)
             assert summary is not None
             parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
             tiles_at = (*map(self._hold, parts), summary.batch, summary.heads)  # type: ignore[assignment]
         reach_at = (
             0 if given.starts is None else self._hold(given.starts.long().expand(batch)), given.start,
-            0 if given.lengths is None else self._hold(given.lengths.long()), given.left, given.right,
+            0 if limits[0] is None else self._hold(limits[0].long()), *limits[1:],
         )  # fmt: skip
         return (
             self.dtype, _matrix(q), _matrix(k), _matrix(v), _matrix(out),
@@ -205,9 +225,26 @@ class _Call:
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
             (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
-            self.sinks, given.seed, given.dropout, reach_at, tiles_at, given.kernel,
+            self.sinks, given.seed, given.dropout, reach_at, tiles_at, chosen_at, given.kernel,
             given.threads or torch.get_num_threads(),
         )  # fmt: skip
+
+    def _chosen(self, lists: Lists) -> tuple[tuple[Tensor | None, int, int], tuple[int, ...]]:
+        """(lengths, left, right), and where the lists are."""
+        self.alive += [lists.indices, self.outside]
+        table = lists.indices
+        sides = (_NO_LIMIT if side is None else min(side, _FAR) for side in (lists.reach.left, lists.reach.right))
+        return (lists.reach.lengths, *sides), (  # type: ignore[return-value]
+            table.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
+            self.outside.data_ptr(),
+        )  # fmt: skip
+
+    def check_lists(self) -> None:
+        """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
+        if self.outside:
+            raise InvalidInput(
+                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+            )
 
     def _distances(self) -> Tensor | None:
         """Every bias that depends on distance alone, summed: `[batch or 1, heads, queries + keys − 1 + a tile]`.
@@ -242,7 +279,8 @@ def _forward(
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
-        _native.forward(*call.arguments(out, lse, rest))
+        _native.forward(*call.arguments(out, lse, rest, call.lists()))
+        call.check_lists()
     return out, lse, rest
 
 
@@ -257,7 +295,7 @@ def _backward(
     d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
     if lse.numel():
         call = _Call(q, k, v, given)
-        d_out, out = _readable(d_out), _readable(out)
+        d_out, out = readable(d_out), readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
         bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
         d_bias = None if bias is None else torch.zeros(bias.full().shape)
@@ -269,7 +307,7 @@ def _backward(
             d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous()), _matrix(d_out), d_lse.data_ptr(),
+            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out), d_lse.data_ptr(),
             (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
@@ -407,12 +445,6 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
             (rest.data_ptr(), entropy.data_ptr(), received.data_ptr()),
         )  # fmt: skip
     return indices, weights, rest, received, lse, entropy
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x with a unit last stride and an aligned address, copied only if it has to be."""
-    aligned = x.data_ptr() % x.element_size() == 0
-    return x if aligned and (x.stride(3) == 1 or x.shape[3] == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _steps(x: Tensor, count: int) -> list[int]:

@@ -1,0 +1,518 @@
+// Attention to chosen keys: every query has a list of keys, or of blocks of keys, that the heads of its group share.
+//
+//   query 0:  7 · 12 · 90 …      rows (heads of the group) × its keys: a small product, and every key that is read
+//   query 1:  3 · 12 · 13 …      serves all rows. Nothing else is read, so the cost is that of the chosen keys.
+//
+// A piece of work is a tile of queries. Their lists are made ready once: what is outside the call, or hidden by the reach
+// beside the selection, falls out, and bits in a map put the rest in order, each of them once. Then the keys are gone
+// through by stretches that stay in the second cache, in which every query of the tile visits what it has chosen.
+constexpr int64_t gathered_queries = 128;  // most of a tile
+
+
+// Query heads that share a list and their keys: a unit. Lists and key heads each serve neighbours.
+static inline int64_t shared_rows(const Call& call) {
+    int64_t a = call.heads / call.key_heads, b = call.heads / call.chosen.heads;
+    while (b) {
+        const int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+static inline int64_t gathered_units(const Call& call) { return call.heads / shared_rows(call); }
+
+// Queries of a tile: so many that their rows and sums fill a quarter of the second cache.
+static int64_t gathered_height(const Call& call) {
+    const int64_t floats = shared_rows(call) * (padded(call.dim) + padded(call.value_dim) + 2);
+    return most(1, least(gathered_queries, 131072 / most(1, floats)));
+}
+static inline int64_t entries_of(const Call& call) { return (call.keys + call.chosen.block - 1) / call.chosen.block; }
+
+// Entries of a stretch: keys and values of another quarter. Where few are chosen it is longer, or a visit would find none.
+static int64_t stretch_of(const Call& call, bool bounded) {
+    const int64_t floats = padded(call.dim) + padded(call.value_dim), entries = entries_of(call);
+    const int64_t near = most(1, 131072 / most(1, floats * call.chosen.block));
+    const int64_t wanted = entries * 32 / most(1, call.chosen.count * call.chosen.block);
+    return most(1, least(entries, bounded ? near : most(near, wanted)));
+}
+
+// Whole numbers below a bound, read back in ascending order: a bit for each, and a bit for each word that has one.
+struct Marks {
+    uint64_t *words, *used;
+    int64_t count;  // of `used`
+
+    static int64_t bytes(int64_t bound) { return 8 * ((bound / 64 + 64) / 64 * 65 + 64); }
+    Marks(char* memory, int64_t bound) : count((bound / 64 + 64) / 64) {
+        used = reinterpret_cast<uint64_t*>(memory), words = used + count;
+        memset(memory, 0, static_cast<size_t>(8 * 65 * count));
+    }
+    void add(int64_t n) {
+        words[n >> 6] |= 1ull << (n & 63);
+        used[n >> 12] |= 1ull << (n >> 6 & 63);
+    }
+    int64_t drain(int32_t* to) {
+        int64_t found = 0;
+        for (int64_t u = 0; u < count; ++u) {
+            for (uint64_t some = used[u]; some; some &= some - 1) {
+                const int64_t word = u * 64 + __builtin_ctzll(some);
+                for (uint64_t bits = words[word]; bits; bits &= bits - 1)
+                    to[found++] = static_cast<int32_t>(word * 64 + __builtin_ctzll(bits));
+                words[word] = 0;
+            }
+            used[u] = 0;
+        }
+        return found;
+    }
+};
+
+// What one query has chosen: entries in ascending order, and the keys of them that it may see.
+struct Wish {
+    int32_t* list;
+    int64_t at, end, from, to;
+};
+
+template <typename Index>
+static bool marked(const Call& call, const Index* list, int64_t first, int64_t end, Marks& marks) {
+    const int64_t entries = entries_of(call);
+    bool any = false, outside = false;
+    for (int64_t n = 0; n < call.chosen.count; ++n) {
+        const int64_t entry = list[n];
+        outside |= entry < -1 || entry >= entries;
+        if (entry < first || entry >= end) continue;
+        marks.add(entry), any = true;
+    }
+    if (outside) __atomic_store_n(call.chosen.outside, 1, __ATOMIC_RELAXED);
+    return any;
+}
+
+static void make_wishes(const Call& call, const Band& band, int64_t rows, int32_t* lists, Marks marks, Wish* wishes) {
+    const Selection& chosen = call.chosen;
+    const int64_t head = band.head * rows / (call.heads / chosen.heads);
+    const int64_t start = start_of(call, band.batch), capacity = least(chosen.count, entries_of(call));
+    const int64_t length = call.lengths ? least(call.lengths[band.batch], call.keys) : call.keys;
+    for (int64_t t = 0; t < band.count; ++t) {
+        const int64_t query = band.first + t, position = query + start;
+        Wish& wish = wishes[t];
+        wish = {lists + t * capacity, 0, 0, call.left < 0 ? 0 : most(0, position - call.left),
+                call.right < 0 ? length : least(length, position + call.right + 1)};
+        const bool some = wish.from < wish.to;
+        const int64_t first = some ? wish.from / chosen.block : 0, end = some ? (wish.to - 1) / chosen.block + 1 : 0;
+        const int64_t at = band.batch * chosen.strides[0] + head * chosen.strides[1] + query * chosen.strides[2];
+        const bool any = chosen.wide ? marked(call, static_cast<const int64_t*>(chosen.indices) + at, first, end, marks)
+                                     : marked(call, static_cast<const int32_t*>(chosen.indices) + at, first, end, marks);
+        if (any) wish.end = marks.drain(wish.list);
+    }
+}
+
+// The stretch that comes next for any query of the tile; −1 at the end.
+static int64_t next_stretch(const Wish* wishes, int64_t count, int64_t entries) {
+    int64_t first = INT64_MAX;
+    for (int64_t t = 0; t < count; ++t)
+        if (wishes[t].at < wishes[t].end) first = least(first, wishes[t].list[wishes[t].at]);
+    return first == INT64_MAX ? -1 : first / entries;
+}
+
+// Up to 64 keys of one query, with pointers to whole vectors of their keys and values.
+struct Handful {
+    int64_t count;
+    int64_t key[tile];
+    const float *k[tile], *v[tile];
+};
+
+// Where the rows of one head lie, and where those go that have to be copied first.
+struct Source {
+    const Call* call;
+    const View* view;
+    int64_t place, dim;  // of row 0, in elements
+    float* scratch;
+
+    // Whole vectors of these rows, in place where they are some.
+    void rows(const int64_t* key, int64_t count, const float** to) const {
+        const float* data = static_cast<const float*>(view->data) + place;
+        const uint16_t* halves = static_cast<const uint16_t*>(view->data) + place;
+        const int64_t step = view->row, wide = padded(dim);
+        if (call->dtype == Dtype::float32 && dim % lanes == 0) {
+            for (int64_t n = 0; n < count; ++n) to[n] = data + key[n] * step;
+            return;
+        }
+        for (int64_t n = 0; n < count; ++n) {
+            float* row = scratch + n * wide;
+            if (call->dtype == Dtype::float32)
+                memcpy(row, data + key[n] * step, sizeof(float) * static_cast<size_t>(dim));
+            else
+                widen_row(halves + key[n] * step, row, dim, call->dtype == Dtype::bfloat16);
+            for (int64_t d = dim; d < wide; ++d) row[d] = 0;
+            to[n] = row;
+        }
+    }
+
+    // Memory is asked for rows that will be read.
+    void ask(int64_t first, int64_t end) const {
+        const int64_t size = call->dtype == Dtype::float32 ? 4 : 2;
+        for (int64_t n = first; n < end; ++n) {
+            const char* row = static_cast<const char*>(view->data) + size * (place + n * view->row);
+            for (int64_t byte = 0; byte < size * dim; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        }
+    }
+};
+
+// The next keys of a query before entry `end`; `inside`: keys of its current block that are done.
+static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Handful& chunk) {
+    int64_t n = 0;
+    while (n < tile && wish.at < wish.end && wish.list[wish.at] < end) {
+        const int64_t block = wish.list[wish.at] * call.chosen.block;
+        const int64_t first = most(block, wish.from) + inside, last = least(block + call.chosen.block, wish.to);
+        const int64_t some = least(last - first, tile - n);
+        for (int64_t key = 0; key < some; ++key) chunk.key[n + key] = first + key;
+        n += some;
+        if (first + some < last) {
+            inside += some;
+        } else {
+            ++wish.at, inside = 0;
+        }
+    }
+    keys.rows(chunk.key, n, chunk.k), values.rows(chunk.key, n, chunk.v);
+    // The last few keys are worked on as many at a time as all others are.
+    for (int64_t at = n; at < (n + lanes - 1) / lanes * lanes; ++at) chunk.k[at] = chunk.k[n - 1], chunk.v[at] = chunk.v[n - 1];
+    chunk.count = n;
+    return n;
+}
+
+// out[row][key] for some rows and `lanes / rows` keys, whole vectors of each.
+template <int rows>
+static inline void dots_at(const float* a, int64_t a_row, const float* const* b, int64_t wide, float* out) {
+    constexpr int keys = lanes / rows;
+    Floats sum[lanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes; ++n) sum[n] = Floats{};
+    for (int64_t d = 0; d < wide; d += lanes)
+#pragma GCC unroll 16
+        for (int key = 0; key < keys; ++key) {
+            const Floats one = load(b[key] + d);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) sum[row * keys + key] += one * load(a + row * a_row + d);
+        }
+    float found[lanes];
+    store(found, sums_of(sum));
+    for (int row = 0; row < rows; ++row) memcpy(out + row * tile, found + row * keys, sizeof(float) * keys);
+}
+
+template <int rows>
+static void dots_of_rows(const float* a, int64_t a_row, const float* const* b, int64_t count, int64_t wide, float* out) {
+    for (int64_t key = 0; key < count; key += lanes / rows) dots_at<rows>(a, a_row, b + key, wide, out + key);
+}
+
+static void gathered_dots(const float* a, int64_t rows, int64_t wide, const float* const* b, int64_t count, float* out) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) dots_of_rows<4>(a + row * wide, wide, b, count, wide, out + row * tile);
+    for (; row + 2 <= rows; row += 2) dots_of_rows<2>(a + row * wide, wide, b, count, wide, out + row * tile);
+    if (row < rows) dots_of_rows<1>(a + row * wide, wide, b, count, wide, out + row * tile);
+}
+
+// out[row] += Σ_j weights[row][j] · b[j]: a fresh sum, added once.
+template <int rows, int vectors>
+static inline void mix(const float* weights, const float* const* b, int64_t count, int64_t d, float* out, int64_t out_row) {
+    Floats sum[rows][vectors];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) sum[row][n] = Floats{};
+    for (int64_t key = 0; key < count; ++key) {
+        Floats one[vectors];
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) one[n] = load(b[key] + d + n * lanes);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+            const Floats weight = spread(weights[row * tile + key]);
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; ++n) sum[row][n] += weight * one[n];
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) {
+            float* place = out + row * out_row + d + n * lanes;
+            store(place, load(place) + sum[row][n]);
+        }
+}
+
+// rows[j] += Σ_i weights[i][j] · a[i], for rows of a tile's own sums.
+template <int rows, int vectors>
+static inline void scatter(const float* weights, const float* a, int64_t a_row, float* const* to, int64_t count, int64_t d) {
+    Floats mine[rows][vectors];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) mine[row][n] = load(a + row * a_row + d + n * lanes);
+    for (int64_t key = 0; key < count; ++key) {
+        Floats sum[vectors];
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) sum[n] = Floats{};
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+            const Floats weight = spread(weights[row * tile + key]);
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; ++n) sum[n] += weight * mine[row][n];
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) store(to[key] + d + n * lanes, load(to[key] + d + n * lanes) + sum[n]);
+    }
+}
+
+constexpr int mixed = vectors < 4 ? vectors : 4;  // vectors of a register tile of four rows
+
+template <int rows>
+static void mix_rows(const float* weights, const float* const* b, int64_t count, int64_t wide, float* out) {
+    int64_t d = 0;
+    for (; d + mixed * lanes <= wide; d += mixed * lanes) mix<rows, mixed>(weights, b, count, d, out, wide);
+    for (; d < wide; d += lanes) mix<rows, 1>(weights, b, count, d, out, wide);
+}
+
+static void gathered_mix(const float* weights, int64_t rows, const float* const* b, int64_t count, int64_t wide, float* out) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) mix_rows<4>(weights + row * tile, b, count, wide, out + row * wide);
+    for (; row + 2 <= rows; row += 2) mix_rows<2>(weights + row * tile, b, count, wide, out + row * wide);
+    if (row < rows) mix_rows<1>(weights + row * tile, b, count, wide, out + row * wide);
+}
+
+template <int rows>
+static void scatter_rows(const float* weights, const float* a, float* const* to, int64_t count, int64_t wide) {
+    int64_t d = 0;
+    for (; d + mixed * lanes <= wide; d += mixed * lanes) scatter<rows, mixed>(weights, a, wide, to, count, d);
+    for (; d < wide; d += lanes) scatter<rows, 1>(weights, a, wide, to, count, d);
+}
+
+static void gathered_scatter(const float* weights, int64_t rows, const float* a, float* const* to, int64_t count, int64_t wide) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) scatter_rows<4>(weights + row * tile, a + row * wide, to, count, wide);
+    for (; row + 2 <= rows; row += 2) scatter_rows<2>(weights + row * tile, a + row * wide, to, count, wide);
+    if (row < rows) scatter_rows<1>(weights + row * tile, a + row * wide, to, count, wide);
+}
+
+// Raw scores of one row become binary logarithms of weights; `slopes`: what the cap lets through of a gradient.
+static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Handful& chunk, float binary,
+                          float* scores, float* slopes) {
+    const bool adjusted = adjusts(call);
+    const float* distances = call.distances;
+    if (distances) distances += batch * call.distance_batch + head * call.distance_head + call.keys - 1 + query;
+    for (int64_t n = 0; n < chunk.count; n += lanes) {
+        Floats score = load(scores + n);
+        if (adjusted) score *= spread(call.scale);
+        if (call.softcap != 0) {
+            const Floats bent = tangent(score / spread(call.softcap));
+            score = spread(call.softcap) * bent;
+            if (slopes) store(slopes + n, spread(1.0f) - bent * bent);
+        }
+        if (distances)
+            for (int64_t key = n; key < least(n + lanes, chunk.count); ++key) score[key - n] += distances[-chunk.key[key]];
+        store(scores + n, score * spread(binary));
+    }
+    for (int64_t key = chunk.count; key < (chunk.count + lanes - 1) / lanes * lanes; ++key) scores[key] = -INFINITY;
+}
+
+// The rows of a tile as whole vectors, query by query, the heads of each side by side.
+static void fetch(const Call& call, const View& view, const Band& band, int64_t rows, int64_t dim, float* to) {
+    for (int64_t t = 0; t < band.count; ++t)
+        for (int64_t row = 0; row < rows; ++row, to += padded(dim)) {
+            const int64_t at = band.batch * view.batch + (band.head * rows + row) * view.head + (band.first + t) * view.row;
+            if (call.dtype == Dtype::float32)
+                memcpy(to, static_cast<const float*>(view.data) + at, sizeof(float) * static_cast<size_t>(dim));
+            else
+                widen_row(static_cast<const uint16_t*>(view.data) + at, to, dim, call.dtype == Dtype::bfloat16);
+            for (int64_t d = dim; d < padded(dim); ++d) to[d] = 0;
+        }
+}
+
+// Lists, maps of bits and rows that have to be copied: what both passes have.
+static int64_t gathered_floats(const Call& call, int64_t height) {
+    const int64_t lists = (height * least(call.chosen.count, entries_of(call)) + 15) / 16 * 16;
+    const int64_t marks = (Marks::bytes(entries_of(call)) + 63) / 64 * 16;
+    const int64_t wishes = (height * static_cast<int64_t>(sizeof(Wish)) + 63) / 64 * 16;
+    return lists + marks + wishes + tile * (padded(call.dim) + padded(call.value_dim)) + 3 * shared_rows(call) * tile;
+}
+
+static int64_t gathered_bytes(const Call& call) {
+    const int64_t height = gathered_height(call), rows = height * shared_rows(call);
+    return 4 * (gathered_floats(call, height) + rows * (padded(call.dim) + padded(call.value_dim) + 1 + lanes));
+}
+
+// One piece of work, made ready.
+struct Gathering {
+    const Call& call;
+    int64_t rows, wide, value_wide;
+    Wish* wishes;
+    float *scores, *d_scores, *slopes;
+    Source keys, values;
+
+    template <typename Room>
+    Gathering(const Call& call, const Band& band, Room room)
+        : call(call), rows(shared_rows(call)), wide(padded(call.dim)), value_wide(padded(call.value_dim)) {
+        const int64_t height = gathered_height(call), key_head = band.head * rows / (call.heads / call.key_heads);
+        char* marks = reinterpret_cast<char*>(room((Marks::bytes(entries_of(call)) + 63) / 64 * 16));
+        wishes = reinterpret_cast<Wish*>(room((height * static_cast<int64_t>(sizeof(Wish)) + 63) / 64 * 16));
+        int32_t* lists = reinterpret_cast<int32_t*>(room((height * least(call.chosen.count, entries_of(call)) + 15) / 16 * 16));
+        keys = {&call, &call.k, band.batch * call.k.batch + key_head * call.k.head, call.dim, room(tile * wide)};
+        values = {&call, &call.v, band.batch * call.v.batch + key_head * call.v.head, call.value_dim, room(tile * value_wide)};
+        scores = room(rows * tile), d_scores = room(rows * tile), slopes = room(rows * tile);
+        make_wishes(call, band, rows, lists, Marks(marks, entries_of(call)), wishes);
+    }
+
+    // While query t of the tile works on one stretch, its share of the next one is fetched, if most of it will be read.
+    void ask(const Band& band, int64_t next, int64_t stretch, int64_t t) const {
+        const int64_t size = stretch * call.chosen.block, first = next * size, end = least(first + size, call.keys);
+        if (band.count * call.chosen.count < 2 * entries_of(call)) return;
+        const int64_t each = (size + band.count - 1) / band.count, from = first + t * each, to = least(from + each, end);
+        if (to <= wishes[band.count - 1].to) keys.ask(from, to), values.ask(from, to);
+    }
+};
+
+static void gathered(const Call& call, const Band& band, char* scratch) {
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    const Gathering piece(call, band, room);
+    const int64_t rows = piece.rows, wide = piece.wide, value_wide = piece.value_wide, stretch = stretch_of(call, false);
+    const float binary = adjusts(call) ? log2e : call.scale * log2e;
+    float *q = room(band.count * rows * wide), *out = room(band.count * rows * value_wide);
+    float *base = room(band.count * rows), *total = room(band.count * rows * lanes);  // of the keys of each lane
+    fetch(call, call.q, band, rows, call.dim, q);
+    memset(out, 0, sizeof(float) * static_cast<size_t>(band.count * rows * value_wide));
+    for (int64_t n = 0; n < band.count * rows; ++n) {
+        base[n] = call.sinks ? call.sinks[band.head * rows + n % rows] * log2e : -INFINITY;
+        store(total + n * lanes, Floats{});
+        total[n * lanes] = base[n] == -INFINITY ? 0.0f : 1.0f;
+    }
+    Handful chunk;
+    for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
+        for (int64_t t = 0; t < band.count; ++t) {
+            int64_t inside = 0;
+            piece.ask(band, at + 1, stretch, t);
+            while (take(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, chunk)) {
+                gathered_dots(q + t * rows * wide, rows, wide, chunk.k, chunk.count, piece.scores);
+                for (int64_t row = 0; row < rows; ++row) {
+                    float *score = piece.scores + row * tile, *sums = out + (t * rows + row) * value_wide;
+                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, chunk, binary, score, nullptr);
+                    float &mine = base[t * rows + row], *totals = total + (t * rows + row) * lanes;
+                    Floats top = spread(-INFINITY), sum{};
+                    for (int64_t n = 0; n < chunk.count; n += lanes) top = larger(load(score + n), top);
+                    if (any(top > spread(mine + slack))) {
+                        float highest = -INFINITY;
+                        for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
+                        const Floats shrink = power_of_two(spread(mine - highest));
+                        store(totals, load(totals) * shrink);
+                        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * shrink);
+                        mine = highest;
+                    }
+                    const Floats ground = spread(mine == -INFINITY ? 0.0f : mine);
+                    for (int64_t n = 0; n < chunk.count; n += lanes) {
+                        const Floats weight = power_of_two(load(score + n) - ground);
+                        store(score + n, weight);
+                        sum += weight;
+                    }
+                    store(totals, load(totals) + sum);
+                }
+                gathered_mix(piece.scores, rows, chunk.v, chunk.count, value_wide, out + t * rows * value_wide);
+            }
+        }
+    for (int64_t n = 0; n < band.count * rows; ++n) {
+        const int64_t head = band.head * rows + n % rows, query = band.first + n / rows;
+        const float whole = sum_of(load(total + n * lanes)), factor = whole == 0 ? 0.0f : 1.0f / whole;
+        float* sums = out + n * value_wide;
+        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
+        leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[n], whole);
+        leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
+    }
+}
+
+// The gradients of a tile of queries. It keeps those of its queries to the end; those of the keys of a stretch it collects
+// by itself, and adds them to what the tiles before it have added, in their order, as backward.hpp does.
+static int64_t collected_keys(const Call& call) { return stretch_of(call, true) * call.chosen.block; }
+
+static int64_t gathered_backward_bytes(const Call& call) {
+    const int64_t height = gathered_height(call), rows = height * shared_rows(call);
+    const int64_t wide = padded(call.dim), value_wide = padded(call.value_dim), keys = collected_keys(call);
+    const int64_t scalars = 3 * shared_rows(call) * ((height + tile - 1) / tile * tile);
+    return 4 * (gathered_floats(call, height) + rows * (2 * wide + value_wide) + scalars +
+                keys * (wide + value_wide) + (keys + 63) / 64 * 16 + 2 * tile * value_wide);
+}
+
+static void gathered_backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
+    const Call& call = g.call;
+    float* next = reinterpret_cast<float*>(scratch);
+    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
+    const Gathering piece(call, band, room);
+    const int64_t rows = piece.rows, wide = piece.wide, value_wide = piece.value_wide, stretch = stretch_of(call, true);
+    const int64_t key_head = band.head * rows / (call.heads / call.key_heads), padding = (band.count + tile - 1) / tile * tile;
+    const float binary = adjusts(call) ? log2e : call.scale * log2e;
+    float *q = room(band.count * rows * wide), *d_out = room(band.count * rows * value_wide), *dq = room(band.count * rows * wide);
+    float *lse = room(rows * padding), *lse_rest = room(rows * padding), *delta = room(rows * padding);
+    float *wide_a = room(tile * value_wide), *wide_b = room(tile * value_wide);
+    const int64_t most_keys = collected_keys(call);
+    float *dk = room(most_keys * wide), *dv = room(most_keys * value_wide);
+    char* touched = reinterpret_cast<char*>(room((most_keys + 63) / 64 * 16));
+    fetch(call, call.q, band, rows, call.dim, q);
+    fetch(call, g.d_out, band, rows, call.value_dim, d_out);
+    memset(dq, 0, sizeof(float) * static_cast<size_t>(band.count * rows * wide));
+    memset(touched, 0, static_cast<size_t>(most_keys));
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t t = 0; t < band.count; t += tile) {
+            const int64_t head = band.head * rows + row, first = band.first + t, count = least(tile, band.count - t);
+            const int64_t to = row * padding + t;
+            rows_ready(g, (band.batch * call.heads + head) * call.queries + first, count,
+                       rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a),
+                       rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b),
+                       {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+        }
+    std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
+    int64_t done = 0;
+    Handful chunk;
+    for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
+        const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
+        for (int64_t t = 0; t < band.count; ++t) {
+            int64_t inside = 0;
+            while (take(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, chunk)) {
+                float *dk_at[tile], *dv_at[tile];
+                for (int64_t n = 0; n < chunk.count; ++n) {
+                    const int64_t place = chunk.key[n] - first_key;
+                    dk_at[n] = dk + place * wide, dv_at[n] = dv + place * value_wide;
+                    if (touched[place]) continue;
+                    touched[place] = 1;
+                    memset(dk_at[n], 0, sizeof(float) * static_cast<size_t>(wide));
+                    memset(dv_at[n], 0, sizeof(float) * static_cast<size_t>(value_wide));
+                }
+                const float *mine = q + t * rows * wide, *d_mine = d_out + t * rows * value_wide;
+                gathered_dots(mine, rows, wide, chunk.k, chunk.count, piece.scores);
+                gathered_dots(d_mine, rows, value_wide, chunk.v, chunk.count, piece.d_scores);
+                for (int64_t row = 0; row < rows; ++row) {
+                    float *score = piece.scores + row * tile, *d_score = piece.d_scores + row * tile, *slopes = piece.slopes;
+                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, chunk, binary, score, slopes);
+                    const int64_t one = row * padding + t;
+                    for (int64_t n = 0; n < chunk.count; n += lanes) {
+                        const Floats weight = power_of_two(load(score + n) - spread(lse[one]) - spread(lse_rest[one]));
+                        Floats change = weight * (load(d_score + n) - spread(delta[one]));
+                        if (call.softcap != 0) change *= load(slopes + n);
+                        store(score + n, weight);
+                        store(d_score + n, change);
+                    }
+                }
+                gathered_mix(piece.d_scores, rows, chunk.k, chunk.count, wide, dq + t * rows * wide);
+                gathered_scatter(piece.d_scores, rows, mine, dk_at, chunk.count, wide);
+                gathered_scatter(piece.scores, rows, d_mine, dv_at, chunk.count, value_wide);
+            }
+        }
+        passed[turn].store(at, std::memory_order_release);
+        wait_for(passed, turn, at, done);
+        const int64_t place = (band.batch * call.key_heads + key_head) * call.keys;
+        for (int64_t key = first_key; key < end_key; ++key) {
+            const int64_t n = key - first_key;
+            if (!touched[n]) continue;
+            touched[n] = 0;
+            add_rows(g.dk + (place + key) * call.dim, dk + n * wide, 1, call.dim, call.scale);
+            add_rows(g.dv + (place + key) * call.value_dim, dv + n * value_wide, 1, call.value_dim, 1);
+        }
+    }
+    passed[turn].store(INT64_MAX, std::memory_order_release);
+    for (int64_t n = 0; n < band.count * rows; ++n) {
+        const int64_t row = (band.batch * call.heads + band.head * rows + n % rows) * call.queries + band.first + n / rows;
+        add_rows(g.dq + row * call.dim, dq + n * wide, 1, call.dim, call.scale);
+    }
+}
