@@ -56,7 +56,7 @@ def test_it_is_causal_as_it_says(one: Mechanism) -> None:
     held = given()
     before = out_of(called(one, held))
     for name, value in given().items():
-        if value.dim() >= 3 and value.shape[2] == N:
+        if value.dim() >= 3 and value.shape[2] == N and name != "received":  # what earlier queries gave is given
             held[name] = torch.cat([value[:, :, :-3], value[:, :, 2:5]], 2)
     changed = (out_of(called(one, held)) - before)[:, :, :-3].abs().max()
     assert (changed < 1e-9) == one.causal
