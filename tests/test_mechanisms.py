@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def given(n: int = N) -> dict[str, Tensor]:
     }  # fmt: skip
     made = {name: value[:, :, :n] for name, value in made.items()}
     return made | {
+        "tokens": normal(2, N, D)[:, :n],
         "vector": normal(D), "sink": normal(4), "rates": -normal(4).exp(), "weight": normal(D, D),
         "E": normal(5, N), "F": normal(5, N),
     }  # fmt: skip
@@ -44,7 +46,17 @@ def called(one: Mechanism, held: dict[str, Any], more: str = "", start: int = 0)
     """What the call of the table gives, with more arguments behind its own."""
     favor = fv.favor(D, 16, generator=torch.Generator().manual_seed(3))
     room = {"fv": fv, "favor": favor, "draw": torch.Generator().manual_seed(5), "start": start, **held}
-    return eval(one.call[:-1] + more + ")", room)
+    torch.manual_seed(11)  # of a layer's parameters
+    torch.set_default_dtype(held["q"].dtype)
+    try:
+        return eval(one.call[:-1] + more + ")", room)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def steps_of(value: Tensor) -> int | None:
+    """The dimension of a tensor that runs along the text."""
+    return value.shape.index(N, 1) if N in value.shape[1:] and value.dim() >= 3 else None
 
 
 def out_of(result: Any) -> Tensor:
@@ -56,9 +68,10 @@ def test_it_is_causal_as_it_says(one: Mechanism) -> None:
     held = given()
     before = out_of(called(one, held))
     for name, value in given().items():
-        if value.dim() >= 3 and value.shape[2] == N and name != "received":  # what earlier queries gave is given
-            held[name] = torch.cat([value[:, :, :-3], value[:, :, 2:5]], 2)
-    changed = (out_of(called(one, held)) - before)[:, :, :-3].abs().max()
+        along = steps_of(value)
+        if along is not None and name != "received":  # what earlier queries gave is given
+            held[name] = torch.cat([value.narrow(along, 0, N - 3), value.narrow(along, 2, 3)], along)
+    changed = (out_of(called(one, held)) - before).narrow(1 if "(tokens" in one.call else 2, 0, N - 3).abs().max()
     assert (changed < 1e-9) == one.causal
 
 
@@ -66,6 +79,10 @@ def test_it_is_causal_as_it_says(one: Mechanism) -> None:
 def test_queries_of_another_length_fit_as_it_says(one: Mechanism) -> None:
     short = {name: value[:, :, -7:] for name, value in given().items() if name in ("q", "center", "q_index", "w_index")}
     more = ", causal=False" if one.decode == "state" else ""
+    if "(tokens" in one.call:
+        assert not one.cross
+        assert "context" not in inspect.signature(getattr(fv.nn, one.layer or "").forward).parameters
+        return
     if not one.cross:
         with pytest.raises((fv.InvalidInput, TypeError)):
             called(one, given() | short | {"x": None}, more)
@@ -76,12 +93,17 @@ def test_queries_of_another_length_fit_as_it_says(one: Mechanism) -> None:
 @named
 def test_gradients_arrive_where_it_says(one: Mechanism) -> None:
     held = given()
-    inputs = {name: held[name].requires_grad_() for name in ("q", "k", "v", "x") if re.search(rf"\b{name}\b", one.call)}
+    inputs = {
+        name: held[name].requires_grad_()
+        for name in ("q", "k", "v", "x", "tokens")
+        if re.search(rf"\b{name}\b", one.call)
+    }
     if "unit" in one.call:
         inputs["k"] = held["k"].requires_grad_()
         held["unit"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
     result = called(one, held)
-    loss = (out_of(result) * given()["v"].flip(1)).sum()
+    out = out_of(result)
+    loss = (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum()
     arrived = _arrived(loss, inputs)
     assert arrived == ({"v"} if one.gradients in ("v", "by reward") else set(inputs))
     if one.gradients == "by reward":
@@ -93,7 +115,9 @@ def _arrived(loss: Tensor, inputs: dict[str, Tensor]) -> set[str]:
     return {name for name, grad in zip(inputs, found, strict=True) if grad is not None and grad.abs().max() > 0}
 
 
-@pytest.mark.parametrize("one", [one for one in MECHANISMS if one.decode == "cache"], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "one", [one for one in MECHANISMS if one.decode == "cache" and "(tokens" not in one.call], ids=lambda one: one.name
+)
 def test_steps_with_a_cache_are_the_whole(one: Mechanism) -> None:
     whole = out_of(called(one, given()))
     for t in (8, 13, N - 1):
@@ -102,11 +126,23 @@ def test_steps_with_a_cache_are_the_whole(one: Mechanism) -> None:
         assert torch.allclose(out_of(called(one, held | last)), whole[:, :, t : t + 1], atol=1e-9), t
 
 
+@pytest.mark.parametrize(
+    "one", [one for one in MECHANISMS if one.decode == "cache" and "(tokens" in one.call], ids=lambda one: one.name
+)
+def test_a_layer_steps_with_a_cache(one: Mechanism) -> None:
+    whole, cache = called(one, given()), fv.KeyValueCache(layers=1)
+    rows = [
+        called(one, given() | {"tokens": part, "cache": cache[0]}, ", cache=cache")
+        for part in given()["tokens"].split([9, 1, N - 10], 1)
+    ]
+    assert torch.allclose(torch.cat(rows, 1), whole, atol=1e-9)
+
+
 @pytest.mark.parametrize("one", [one for one in MECHANISMS if one.decode == "state"], ids=lambda one: one.name)
 def test_a_state_carries_on(one: Mechanism) -> None:
     whole, last = called(one, given())
     _, state = called(one, given(11))
-    rest = {name: value[:, :, 11:] for name, value in given().items() if value.dim() >= 3 and value.shape[2] == N}
+    rest = {name: value[:, :, 11:] for name, value in given().items() if steps_of(value) == 2}
     out, after = called(one, given() | rest | {"state": state}, ", state=state", start=11)
     assert torch.allclose(out, whole[:, :, 11:], atol=1e-9)
     assert torch.allclose(after.s, last.s, atol=1e-9)

@@ -188,12 +188,12 @@ MECHANISMS: tuple[Mechanism, ...] = (
     _softmax(
         "Longformer", "a window, and global tokens", "fv.attention(q, k, v, fv.causal & fv.longformer(8))",
         "Beltagy et al. 2020", "2004.05150", family="by position", cost="n (w + g) d", backends=PATTERN,
-        page="../patterns.md",
+        layer="LongformerAttention", page="longformer.md",
     ),
     _softmax(
         "BigBird", "a window, global and random blocks", "fv.attention(q, k, v, fv.causal & fv.bigbird(4))",
         "Zaheer et al. 2020", "2007.14062", family="by position", cost="n · blocks · d", backends=PATTERN, decode=None,
-        page="../patterns.md",
+        layer="BigBirdAttention", page="bigbird.md",
     ),
     Mechanism(
         "dilated", "by position", "every s-th key, w of them", "n w d",
@@ -203,17 +203,17 @@ MECHANISMS: tuple[Mechanism, ...] = (
     Mechanism(
         "strided", "by position", "the last s keys, and every s-th before", "n √n d",
         "fv.strided_attention(q, k, v, 4)", "Child et al. 2019", "1904.10509",
-        causal=True, cross=False, page="strided.md",
+        causal=True, cross=False, layer="Strided", page="strided.md",
     ),
     Mechanism(
         "fixed", "by position", "the own block, and the last c keys of all before", "n √n d",
         "fv.fixed_attention(q, k, v, 4)", "Child et al. 2019", "1904.10509",
-        causal=True, cross=False, page="strided.md",
+        causal=True, cross=False, layer="Fixed", page="strided.md",
     ),
     _softmax(
         "chunks", "the own chunk of c keys", "fv.attention(q, k, v, fv.causal & fv.chunks(8))", "Meta 2025",
         "https://ai.meta.com/blog/llama-4-multimodal-intelligence/", family="by position", cost="n c d",
-        backends=PATTERN, page="../patterns.md",
+        backends=PATTERN, layer="ChunkedAttention", page="chunks.md",
     ),
     _softmax(
         "streaming", "the first keys, and a window", "fv.attention(q, k, v, fv.causal & fv.streaming(2, 8))",
@@ -222,41 +222,55 @@ MECHANISMS: tuple[Mechanism, ...] = (
     _softmax(
         "top-k", "the k highest scores", "fv.attention(q, k, v, fv.selection.topk(q, k, fv.causal, top_k=4))",
         "Gupta et al. 2021", "2106.06899", family="by selection", cost="n² d + n k d",
-        backends=PATTERN,
+        backends=PATTERN, page="selection.md",
     ),
     _softmax(
         "DSA", "the k highest Σ w · relu(q_I · k_I)",
         "fv.attention(q, k, v, fv.selection.lightning(q_index, k_index, w_index, fv.causal, top_k=4))",
         "DeepSeek-AI 2025", "2512.02556", family="by selection", cost="n² d_I + n k d", backends=PATTERN,
+        layer="LightningIndexer", page="dsa.md",
     ),
     _softmax(
         "MoBA", "blocks by q · mean(k)", "fv.attention(q, k, v, fv.selection.moba(q, k, block=4, top_k=2))",
         "Lu et al. 2025", "2502.13189", family="by selection", cost="n² d / B + n k B d", backends=PATTERN,
+        layer="MoBA", page="moba.md",
     ),
     _softmax(
         "Quest", "blocks by the most that q · k can be",
         'fv.attention(q, k, v, fv.selection.block_topk(q, k, fv.causal, block=4, top_k=2, pool="bounds"))',
         "Tang et al. 2024", "2406.10774", family="by selection", cost="n² d / B + n k B d", backends=PATTERN,
-        decode=None,
+        decode=None, page="selection.md",
     ),
     _softmax(
         "heavy hitters", "the k keys that received most, and a window",
         "fv.attention(q, k, v, fv.causal & (fv.selection.heavy_hitters(received, top_k=4) | fv.window(left=3)))",
         "Zhang et al. 2023", "2306.14048", family="by selection", cost="n (k + w) d", backends=PATTERN,
+        page="heavy-hitters.md",
+    ),
+    Mechanism(
+        "NSA", "by selection", "Σ gate · attention: compressed, selected, sliding", "n² / stride + n (k B + w) d",
+        "fv.nn.NativeSparseAttention(8, 4, length=4, stride=2, block=4, top_k=3, window=4)(tokens)",
+        "Yuan et al. 2025", "2502.11089", causal=True, cross=False, layer="NativeSparseAttention", page="nsa.md",
     ),
     Mechanism(
         "LSH", "hashed", "keys of the same hash", "n c d · rounds",
         "fv.lsh_attention(x, v, fv.causal, chunk=8, generator=draw)", "Kitaev et al. 2020", "2001.04451",
-        causal=False, cross=False, page="lsh.md",
+        causal=False, cross=False, layer="ReformerAttention", page="lsh.md",
+    ),
+    Mechanism(
+        "MLA", "low rank", "k, v = W c, c = W' x: the cache holds c alone", "n² d",
+        "fv.nn.LatentAttention(8, 2, latent_dim=5, query_latent_dim=None, head_dim=3, rope_dim=2, value_dim=3)"
+        "(tokens, fv.causal)", "DeepSeek-AI 2024", "2405.04434",
+        causal=True, cross=False, decode="cache", layer="LatentAttention", page="latent.md",
     ),
     Mechanism(
         "Linformer", "low rank", "softmax(q (E k)ᵀ / √d) F v", "n m d", "fv.linformer_attention(q, k, v, E, F)",
-        "Wang et al. 2020", "2006.04768", causal=False, cross=True, page="linformer.md",
+        "Wang et al. 2020", "2006.04768", causal=False, cross=True, layer="Linformer", page="linformer.md",
     ),
     Mechanism(
         "Nyström", "low rank", "softmax(q k̃ᵀ) softmax(q̃ k̃ᵀ)⁺ softmax(q̃ kᵀ) v", "n m d",
         "fv.nystrom_attention(q, k, v, landmarks=4)", "Xiong et al. 2021", "2102.03902",
-        causal=False, cross=True, page="nystrom.md",
+        causal=False, cross=True, layer="Nystrom", page="nystrom.md",
     ),
 )  # fmt: skip
 
