@@ -184,6 +184,34 @@ def patterns(
     console.print(Columns(pictures))
 
 
+@app.command()
+def mechanisms(
+    text: Annotated[str | None, typer.Argument(help="Only those with this text in their row.")] = None,
+) -> None:
+    """Print the whole family: equation, call, cost, paper, and what each one can do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from foveate.mechanisms import chosen
+
+    console = Console(emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has no edge to wrap at
+    table = Table("mechanism", "equation, call", "cost", "can", "runs in", "paper", show_lines=True)
+    for one in chosen(text):
+        cells = (
+            f"{one.name}\n{one.family}",
+            "\n".join([one.equation, one.call, *([f"fv.nn.{one.layer}"] if one.layer else [])]),
+            one.cost,
+            "\n".join(one.abilities),
+            ", ".join(one.backends) or "its own",
+            f"{one.paper}\n{one.link}",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
 _Out = Annotated[
     list[Path] | None,
     typer.Option(help="Also write results (.json), claims (.csv) or a picture (.png, .svg); may be repeated."),
