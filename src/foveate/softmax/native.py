@@ -276,7 +276,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    # Rows lie as a linear map reads them, [batch, length, heads · dim], whatever the order of the axes: no copy on the way.
+    # Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it.
     out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
