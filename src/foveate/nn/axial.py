@@ -123,7 +123,5 @@ class MultimodalRotary(Rotary):
 
 def _by_axis(positions: Tensor, axes: int) -> Tensor:
     if integers(positions, "positions", (2, 3)).shape[0] != axes:
-        raise InvalidInput(
-            f"positions are {describe(positions)}: wanted [{axes}, length] or [{axes}, batch, length]"
-        )
+        raise InvalidInput(f"positions are {describe(positions)}: wanted [{axes}, length] or [{axes}, batch, length]")
     return positions
