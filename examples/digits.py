@@ -114,7 +114,7 @@ def picture(model: ViT, history: list[tuple[int, float, float, float]], images: 
     looks = seen.weights(-1, rows=[0])[:, :, 0, 1:].mean(1).unflatten(1, (SIDE // PATCH, -1))
     for axes, image, look in zip(others.subplots(2, len(images)).T, images, looks, strict=True):
         for ax, shown, cmap in ((axes[0], image, "gray_r"), (axes[1], look, "Oranges")):
-            ax.imshow(shown, cmap=cmap)
+            ax.imshow(shown.numpy(), cmap=cmap)
             ax.axis("off")
     others.suptitle("digits, and where the class token looks")
     figure.savefig(path, dpi=110, metadata={"Software": None})
