@@ -141,6 +141,11 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "about n·block·(w + 4 + r)",
         "[Zaheer et al. 2020](https://arxiv.org/abs/2007.14062)",
     ),
+    "pooled(4)": (
+        "Causality for keys that stand for 4 positions each, here only 4 of them: a key counts once it is past as a whole.",
+        "n²/2·stride",
+        "[Yuan et al. 2025](https://arxiv.org/abs/2502.11089)",
+    ),
     "every(4)": (
         "The last key of every 4, for everyone: places that can sum up what came before them.",
         "n²/s",

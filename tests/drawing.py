@@ -92,6 +92,7 @@ def leaf_makers() -> dict[str, object]:
         "blockwise": lambda d, c, g: fv.blockwise(fv.window(2) & ~fv.chunks(2) | fv.global_tokens((0, -1)), d(small)),
         "rule": lambda d, c, g: fv.rule(odd_rule),
         "from_mask": lambda d, c, g: fv.from_mask(flags((c.batch, 1, c.queries, c.keys), g, 0.3)),
+        "pooled": lambda d, c, g: fv.pooled(d(small), d(small)),
         "selected": lambda d, c, g: selection(d, c, g, 1),
         "selected blocks": lambda d, c, g: selection(d, c, g, d(small)),
         "streaming": lambda d, c, g: fv.streaming(d(small), d(small)),

@@ -152,6 +152,8 @@ CASES: dict[str, Case] = {
     "from_mask 4-D": Case(
         lambda n, m: fv.from_mask(MASK[:, :, :n, :m]), lambda b, h, i, q, k, m: bool(MASK[b, h, i, k])
     ),
+    "pooled(1)": Case(lambda n, m: fv.pooled(1), lambda b, h, i, q, k, m: k <= q),
+    "pooled(3, 2)": Case(lambda n, m: fv.pooled(3, 2), lambda b, h, i, q, k, m: 2 * k + 2 <= q),
     "selected": Case(
         lambda n, m: fv.selected(CHOSEN[:, :1, :n].clamp(max=m - 1)),
         lambda b, h, i, q, k, m: k in CHOSEN[b, 0, i].clamp(max=m - 1).tolist(),

@@ -167,6 +167,7 @@ def test_positions_past_the_ids_are_refused():
 INTS = {
     "window": (fv.window, 1), "window left": (lambda n: fv.window(left=n), 0),
     "step": (lambda n: fv.window(2, step=n), 1),
+    "pooled": (fv.pooled, 1), "pooled stride": (lambda n: fv.pooled(2, n), 1),
     "chunks": (fv.chunks, 1), "prefix": (fv.prefix, 0), "random_blocks": (fv.random_blocks, 0),
     "random_blocks' block": (lambda n: fv.random_blocks(1, n), 1), "seed": (lambda n: fv.random_blocks(1, 2, n), 0),
     "blocks": (lambda n: fv.blocks(booleans(2, 2), n), 1), "blockwise": (lambda n: fv.blockwise(fv.causal, n), 1),

@@ -47,8 +47,10 @@ def test_gradients_reach_every_piece_and_only_where_they_are_asked_for() -> None
     parts = pieces(3, 2, 1)
     leaves = [x.requires_grad_() for part in parts for x in part]
     layer = fv.KeyValueCache(1)[0]
-    seen = [layer.append(*part) for part in parts]
-    total = sum((k.pow(2).sum() + v.pow(2).sum() for k, v in seen), torch.zeros(()))
+    total = torch.zeros(())
+    for part in parts:  # each square keeps what was there for the backward pass
+        k, v = layer.append(*part)
+        total = total + k.pow(2).sum() + v.pow(2).sum()
     for n, gradient in enumerate(torch.autograd.grad(total, leaves)):
         torch.testing.assert_close(gradient, 2 * (3 - n // 2) * leaves[n].detach())
 

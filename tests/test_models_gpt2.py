@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from families import left_padded, right_padded
-from parity import Case, check
+from parity import Case, check, check_generation
 from torch import Tensor, nn
 
 import foveate as fv
@@ -54,19 +54,7 @@ def test_it_is_hugging_faces(name: str, tmp_path: Path) -> None:
 
 
 def test_the_tokens_it_generates_are_hugging_faces(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    theirs = of("GPT2LMHeadModel").eval()
-    with torch.no_grad():
-        theirs.transformer.wte.weight.mul_(9)  # so that texts differ, and one of them ends
-    theirs.save_pretrained(tmp_path)
-    ours = fv.from_pretrained(tmp_path)
-    inputs = left_padded()
-    for keep in (inputs["attention_mask"], None):
-        mask = torch.ones_like(inputs["input_ids"]) if keep is None else keep
-        want = theirs.generate(inputs["input_ids"], attention_mask=mask, max_new_tokens=40, do_sample=False)
-        found = ours.generate(inputs["input_ids"], new=40, keep=None if keep is None else keep.bool())
-        assert torch.equal(found, want)
-        assert len(set(found[0].tolist())) > 8
+    check_generation(CASES["untied"], tmp_path, new=40)
 
 
 def test_the_cache_is_exact_a_piece_at_a_time() -> None:

@@ -10,6 +10,7 @@ import transformers as hf
 from parity import Case, check
 from torch import Tensor, nn
 
+import foveate as fv
 from foveate.models import dinov2, vit
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 12, "patch_size": 4,
@@ -58,9 +59,12 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": scores.mean(1), "cls_logits": scores[:, 0], "distillation_logits": scores[:, 1]}
 
 
+LAYERS = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer",
+          "Dinov2WithRegisters": "dinov2_with_registers.encoder.layer"}  # fmt: skip
+
+
 def case(name: str, inputs: object = image, **more: object) -> Case:
-    prefix = {"ViT": "vit.layers", "DeiT": "deit.layers", "Dinov2": "dinov2.encoder.layer",
-              "Dinov2WithRegisters": "dinov2_with_registers.encoder.layer"}[name.split("For")[0].removesuffix("Model")]  # fmt: skip
+    prefix = LAYERS[name.split("For")[0].removesuffix("Model")]
     if name.endswith("Model"):
         return Case(lambda: made(name, **more), inputs, base, {"blocks": prefix.partition(".")[2]})
     return Case(lambda: made(name, num_labels=5, **more), inputs, logits, {"body.blocks": prefix})
@@ -89,3 +93,26 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_hugging_faces(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
+
+
+SMALL = {"image": 12, "patch": 4, "channels": 2, "dim": 48, "layers": 1, "heads": 6}
+
+
+@pytest.mark.parametrize("model", [vit.Model(vit.Config(**SMALL)), dinov2.Model(dinov2.Config(**SMALL))])
+def test_pixels_that_do_not_fit_are_refused(model: nn.Module) -> None:
+    for shape in ((1, 3, 12, 12), (1, 2, 12, 13), (1, 2, 10, 12)):
+        size = "×".join(map(str, shape))
+        with pytest.raises(fv.InvalidInput, match=f"{size}>: wanted 2 channels, and sides that are multiples of 4"):
+            model(torch.zeros(shape))
+
+
+def test_what_a_model_lacks_is_said() -> None:
+    with pytest.raises(fv.InvalidInput, match="100 pixels do not divide into patches of 16"):
+        vit.Config(image=100)
+    with pytest.raises(fv.InvalidInput, match="100 pixels do not divide into patches of 14"):
+        dinov2.Config(image=100)
+    with pytest.raises(fv.InvalidInput, match="no pooler"):
+        vit.ImageClassifier(vit.Config(**SMALL)).body.pool(torch.zeros(1, 10, 48))
+    model = dinov2.Model(dinov2.Config(**SMALL, hides=False))
+    with pytest.raises(fv.InvalidInput, match="no vector for hidden patches"):
+        model(torch.zeros(1, 2, 12, 12), hidden=torch.ones(1, 9, dtype=torch.bool))

@@ -69,16 +69,19 @@ def lsh(call: Problem, chunk: int, hashed: Hash) -> Tensor:
     wide = accumulator(call.q.dtype)
     with without_autocast(call.q.device):
         x, v = call.q.to(wide), call.v.to(wide)
-        k = x * (x.square().mean(-1, keepdim=True) + _EPS).rsqrt() / math.sqrt(x.shape[-1])
         order = _order(call, hashed, chunk) if length > chunk else _all(call)
         rounds, padded = order.shape[2:]
         places = order.flatten(2).unflatten(2, (-1, min(chunk, padded)))  # [B, H, chunks, c]
-        several = places.shape[2] > 1
-        around = torch.cat([places.roll(1, 2), places], -1) if several else places
-        visible = _visible(call, places, around).flatten(1, 2)
-        scores = raw_scores(_take(x, places), _take(k, around)) * call.scale
-        weights, lse = masked_softmax(scores, visible)
-        out = weigh(weights, _take(v, around))
+        visible = _visible(call, places, _around(places)).flatten(1, 2)
+        queries, values = _take(x, places), _take(v, places)
+        keys = queries * (queries.square().mean(-1, keepdim=True) + _EPS).rsqrt() / math.sqrt(x.shape[-1])
+        q, k, v_around = queries.flatten(1, 2), _around(keys).flatten(1, 2), _around(values).flatten(1, 2)
+        if _all_finite(x, v):
+            weights, lse = masked_softmax(q @ k.mT * call.scale, visible)
+            out = weights @ v_around
+        else:
+            weights, lse = masked_softmax(raw_scores(q, k) * call.scale, visible)
+            out = weigh(weights, v_around)
         # Back to the order of the text: the padding is sorted behind and dropped.
         back = order.masked_fill(order < 0, length).argsort(-1)[..., :length]
         lse = lse.view(batch, heads, rounds, padded).gather(-1, back)
@@ -151,10 +154,19 @@ def _visible(call: Problem, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """The rows of `[B, H, N, D]` at places `[B, H, chunks, c]`, as `[B, H · chunks, c, D]`.
+    """The rows of `[B, H, N, D]` at places `[B, H, chunks, c]`; where there is none some row, which nobody sees."""
+    batch, heads, length, dim = x.shape
+    first = torch.arange(0, batch * heads * length, length, device=x.device).view(batch, heads, 1, 1)
+    rows = (places.clamp(min=0) + first).flatten()
+    return x.reshape(-1, dim).index_select(0, rows).view(*places.shape, dim)
 
-    Where there is none some row comes, which nobody sees.
-    """
-    index = places.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
-    taken = x.gather(2, index)
-    return taken.view(x.shape[0], -1, places.shape[3], x.shape[3])
+
+def _around(chunks: Tensor) -> Tensor:
+    """Each chunk behind the one before it, the first behind the last; a single one as it is."""
+    return torch.cat([chunks.roll(1, 2), chunks], 3) if chunks.shape[2] > 1 else chunks
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """Whether nothing has to be kept from spreading, where it costs little to know."""
+    known = all(x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
+    return known and all(bool(x.isfinite().all()) for x in tensors)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.problem import accumulator, is_transformed
-from foveate.values import describe, integers
+from foveate.values import describe, integers, whole
 
 
 @runtime_checkable
@@ -159,6 +159,18 @@ def _check(law: Any, *names: str) -> None:
             raise InvalidInput(f"{name} of {type(law).__name__} is {value!r}: wanted a positive, finite number")
 
 
+def grid(*sizes: int, device: torch.device | None = None) -> Tensor:
+    """The positions of the places of a grid, row by row: `[axes, places]`, as `AxialRotary` takes them.
+
+    >>> import foveate as fv
+    >>> fv.rotary.grid(2, 3)
+    tensor([[0, 0, 0, 1, 1, 1],
+            [0, 1, 2, 0, 1, 2]])
+    """
+    axes = (torch.arange(whole(size, "the size of a grid", 0), device=device) for size in sizes)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+
+
 def check_size(dim: int, base: float) -> None:
     """Raise `InvalidInput` unless `dim` entries make pairs and `base` is a base."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
@@ -168,16 +180,25 @@ def check_size(dim: int, base: float) -> None:
 
 
 def angles(
-    positions: Tensor, dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    dim: int,
+    base: float,
+    scaling: Scaling | None,
+    dtype: torch.dtype = torch.float32,
+    axis: Tensor | None = None,
 ) -> Angles:
-    """cos and sin of positions · θ, times the attention factor, in float32 or wider."""
-    positions = integers(positions, "positions", (1, 2))
+    """cos and sin of positions · θ, times the attention factor, in float32 or wider.
+
+    With `axis`, `[dim / 2]`, positions have rows in front, and pair i follows row axis[i] of them.
+    """
+    positions = integers(positions, "positions", (1, 2) if axis is None else (2, 3))
     wide = accumulator(dtype)
     if scaling is None:
         theta, factor = frequencies(dim, base, positions.device), 1.0
     else:
         theta, factor = scaling.frequencies(dim, base, positions), scaling.attention_factor
-    turned = positions[..., None].to(wide) * theta.to(wide)
+    of_pair = positions[..., None] if axis is None else positions[axis].movedim(0, -1)
+    turned = of_pair.to(wide) * theta.to(wide)
     cos, sin = turned.cos(), turned.sin()
     return Angles(cos, sin) if factor == 1 else Angles(cos * factor, sin * factor)
 

@@ -70,7 +70,7 @@ def _move_in(aside: Path, target: Path) -> None:
     last = [name for name in (INDEX, SINGLE) if name in new]
     for name in [*sorted(new - {INDEX, SINGLE, CONFIG}), *last]:
         os.replace(aside / name, target / name)
-    for name in sorted(stale, key=lambda name: name != SINGLE):  # what hides the new ones goes first
+    for name in stale:
         (target / name).unlink(missing_ok=True)
     os.replace(aside / CONFIG, target / CONFIG)
 

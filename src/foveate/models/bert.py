@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from foveate.errors import InvalidInput
 from foveate.naming import Format
-from foveate.nn import MultiHeadAttention
+from foveate.nn import Block, FeedForward, PostNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import documents, padding
 
@@ -59,20 +59,16 @@ PRESETS = {
 }
 
 
-class Block(nn.Module):
+def block(config: Config) -> Block:
     """Attention, then two linear maps; each is added to what it read, and the sum normalized."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.attention = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
-        self.up, self.down = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
-        self.attention_norm, self.mlp_norm = (nn.LayerNorm(config.dim, config.epsilon) for _ in range(2))
-        self.dropout = nn.Dropout(config.dropout)
+    def added(part: nn.Module) -> PostNorm:
+        return PostNorm(part, nn.LayerNorm(config.dim, config.epsilon), dropout=config.dropout)
 
-    def forward(self, x: Tensor, pattern: Pattern | None = None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, pattern=pattern)))
-        y: Tensor = self.mlp_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
-        return y
+    return Block(
+        added(SelfAttention(config.dim, config.heads, dropout=config.attention_dropout)),
+        added(FeedForward(config.dim, config.hidden, activation=F.gelu)),
+    )
 
 
 class Model(nn.Module):
@@ -94,7 +90,7 @@ class Model(nn.Module):
         self.position = nn.Embedding(config.positions, config.dim, config.pad if self.first else None)
         self.segment = nn.Embedding(config.segments, config.dim) if config.kind != "distilbert" else None
         self.norm, self.dropout = nn.LayerNorm(config.dim, config.epsilon), nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.dim, config.dim) if pooler and config.kind != "distilbert" else None
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -114,8 +110,8 @@ class Model(nn.Module):
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         x = self.dropout(self.norm(self.word(tokens) + x))
-        for block in self.blocks:
-            x = block(x, pattern)
+        for layer in self.blocks:
+            x = layer(x, pattern)
         return x
 
     def places(self, tokens: Ids) -> Int[Tensor, "#batch length"]:
@@ -213,12 +209,12 @@ NAMES = {
     "embeddings.position_embeddings.*": "position.*",
     "embeddings.token_type_embeddings.*": "segment.*",
     "embeddings.LayerNorm.*": "norm.*",
-    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.out.*",
-    "encoder.layer.*.attention.self.*.*": "blocks.*.attention.*.*",  # query, key, value
-    "encoder.layer.*.attention.output.LayerNorm.*": "blocks.*.attention_norm.*",
-    "encoder.layer.*.intermediate.dense.*": "blocks.*.up.*",
-    "encoder.layer.*.output.dense.*": "blocks.*.down.*",
-    "encoder.layer.*.output.LayerNorm.*": "blocks.*.mlp_norm.*",
+    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.part.out.*",
+    "encoder.layer.*.attention.self.*.*": "blocks.*.attention.part.*.*",  # query, key, value
+    "encoder.layer.*.attention.output.LayerNorm.*": "blocks.*.attention.norm.*",
+    "encoder.layer.*.intermediate.dense.*": "blocks.*.feed_forward.part.up.*",
+    "encoder.layer.*.output.dense.*": "blocks.*.feed_forward.part.down.*",
+    "encoder.layer.*.output.LayerNorm.*": "blocks.*.feed_forward.norm.*",
     "pooler.dense.*": "pooler.*",
 }
 FIELDS = {

@@ -11,6 +11,7 @@ belongs to the whole image is kept there, and no longer in patches that show lit
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from foveate.errors import InvalidInput
 from foveate.naming import Format, Names
-from foveate.nn import MultiHeadAttention
+from foveate.nn import Block, FeedForward, GatedFeedForward, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe
 
@@ -66,48 +67,32 @@ PRESETS = {
 }
 
 
-class FeedForward(nn.Module):
-    """down(gelu(up(x)))."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.gelu(self.up(x)))
-        return y
-
-
-class GatedFeedForward(nn.Module):
-    """out(silu(gate(x)) · value(x)), two thirds as wide so that it has as many weights."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        hidden = (hidden * 2 // 3 + 7) // 8 * 8
-        self.gate, self.value, self.out = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.out(F.silu(self.gate(x)) * self.value(x))
-        return y
-
-
-class Block(nn.Module):
-    """Attention, then the feed-forward; each reads norm(x), is scaled channel by channel and added to x."""
+class Scale(nn.Module):
+    """γ · x, one learned factor for each channel."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.dim, config.epsilon)
-        self.attention = MultiHeadAttention(
-            config.dim, config.heads, bias=config.bias, out_bias=True, dropout=config.attention_dropout
-        )
-        self.attention_scale = nn.Parameter(torch.full((config.dim,), config.scale))
-        self.mlp_norm = nn.LayerNorm(config.dim, config.epsilon)
-        self.mlp = (GatedFeedForward if config.gated else FeedForward)(config.dim, config.ratio * config.dim)
-        self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.scale))
+        self.factor = nn.Parameter(torch.full((config.dim,), config.scale))
 
-    def forward(self, x: Tensor, pattern: Pattern | None = None) -> Tensor:
-        x = torch.addcmul(x, self.attention_scale, self.attention(self.attention_norm(x), pattern=pattern))
-        return torch.addcmul(x, self.mlp_scale, self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def block(config: Config) -> Block:
+    """Attention, then the feed-forward; each reads norm(x), is scaled channel by channel and added to x."""
+
+    def added(part: nn.Module) -> PreNorm:
+        return PreNorm(part, nn.LayerNorm(config.dim, config.epsilon), after=Scale(config))
+
+    dim, hidden = config.dim, config.ratio * config.dim
+    if config.gated:
+        # Two thirds as wide, so that it has as many weights; under a name of its own, as files have them.
+        gated = GatedFeedForward(dim, (hidden * 2 // 3 + 7) // 8 * 8, bias=True)
+        feed_forward: nn.Module = nn.Sequential(OrderedDict(gated=gated))
+    else:
+        feed_forward = FeedForward(dim, hidden, activation=F.gelu)
+    attention = SelfAttention(dim, config.heads, bias=config.bias, out_bias=True, dropout=config.attention_dropout)
+    return Block(added(attention), added(feed_forward))
 
 
 class Model(nn.Module):
@@ -131,7 +116,7 @@ class Model(nn.Module):
         self.hidden_patch = nn.Parameter(torch.zeros(1, config.dim)) if config.hides else None
         self.position = nn.Parameter(torch.zeros(1, 1 + self.side**2, config.dim))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, config.epsilon)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -164,8 +149,8 @@ class Model(nn.Module):
         if self.register_tokens is not None:
             parts.insert(1, self.register_tokens)
         x = self.dropout(torch.cat([part.expand(batch, -1, -1) for part in parts], 1))
-        for block in self.blocks:
-            x = block(x, pattern)
+        for layer in self.blocks:
+            x = layer(x, pattern)
         y: Tensor = self.norm(x)
         return y
 
@@ -198,16 +183,19 @@ NAMES: Names = {
     "embeddings.mask_token": "hidden_patch",
     "embeddings.position_embeddings": "position",
     "embeddings.patch_embeddings.projection.*": "patch.*",
-    "encoder.layer.*.norm1.*": "blocks.*.attention_norm.*",
-    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.out.*",
-    "encoder.layer.*.attention.attention.*.*": "blocks.*.attention.*.*",  # query, key, value
-    "encoder.layer.*.layer_scale1.lambda1": "blocks.*.attention_scale",
-    "encoder.layer.*.norm2.*": "blocks.*.mlp_norm.*",
-    "encoder.layer.*.mlp.fc1.*": "blocks.*.mlp.up.*",
-    "encoder.layer.*.mlp.fc2.*": "blocks.*.mlp.down.*",
-    "encoder.layer.*.mlp.weights_in.*": ("blocks.*.mlp.gate.*", "blocks.*.mlp.value.*"),
-    "encoder.layer.*.mlp.weights_out.*": "blocks.*.mlp.out.*",
-    "encoder.layer.*.layer_scale2.lambda1": "blocks.*.mlp_scale",
+    "encoder.layer.*.norm1.*": "blocks.*.attention.norm.*",
+    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.part.out.*",
+    "encoder.layer.*.attention.attention.*.*": "blocks.*.attention.part.*.*",  # query, key, value
+    "encoder.layer.*.layer_scale1.lambda1": "blocks.*.attention.after.factor",
+    "encoder.layer.*.norm2.*": "blocks.*.feed_forward.norm.*",
+    "encoder.layer.*.mlp.fc1.*": "blocks.*.feed_forward.part.up.*",
+    "encoder.layer.*.mlp.fc2.*": "blocks.*.feed_forward.part.down.*",
+    "encoder.layer.*.mlp.weights_in.*": (
+        "blocks.*.feed_forward.part.gated.gate.*",
+        "blocks.*.feed_forward.part.gated.up.*",
+    ),
+    "encoder.layer.*.mlp.weights_out.*": "blocks.*.feed_forward.part.gated.down.*",
+    "encoder.layer.*.layer_scale2.lambda1": "blocks.*.feed_forward.after.factor",
     "layernorm.*": "norm.*",
 }
 

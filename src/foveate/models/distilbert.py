@@ -15,14 +15,14 @@ NAMES = {
     "embeddings.word_embeddings.*": "word.*",
     "embeddings.position_embeddings.*": "position.*",
     "embeddings.LayerNorm.*": "norm.*",
-    "transformer.layer.*.attention.q_lin.*": "blocks.*.attention.query.*",
-    "transformer.layer.*.attention.k_lin.*": "blocks.*.attention.key.*",
-    "transformer.layer.*.attention.v_lin.*": "blocks.*.attention.value.*",
-    "transformer.layer.*.attention.out_lin.*": "blocks.*.attention.out.*",
-    "transformer.layer.*.sa_layer_norm.*": "blocks.*.attention_norm.*",
-    "transformer.layer.*.ffn.lin1.*": "blocks.*.up.*",
-    "transformer.layer.*.ffn.lin2.*": "blocks.*.down.*",
-    "transformer.layer.*.output_layer_norm.*": "blocks.*.mlp_norm.*",
+    "transformer.layer.*.attention.q_lin.*": "blocks.*.attention.part.query.*",
+    "transformer.layer.*.attention.k_lin.*": "blocks.*.attention.part.key.*",
+    "transformer.layer.*.attention.v_lin.*": "blocks.*.attention.part.value.*",
+    "transformer.layer.*.attention.out_lin.*": "blocks.*.attention.part.out.*",
+    "transformer.layer.*.sa_layer_norm.*": "blocks.*.attention.norm.*",
+    "transformer.layer.*.ffn.lin1.*": "blocks.*.feed_forward.part.up.*",
+    "transformer.layer.*.ffn.lin2.*": "blocks.*.feed_forward.part.down.*",
+    "transformer.layer.*.output_layer_norm.*": "blocks.*.feed_forward.norm.*",
 }
 
 FIELDS = {

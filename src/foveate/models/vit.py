@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from foveate.errors import InvalidInput
 from foveate.naming import Format
-from foveate.nn import MultiHeadAttention
+from foveate.nn import Block, FeedForward, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe
 
@@ -63,23 +63,18 @@ PRESETS = {
 }
 
 
-class Block(nn.Module):
+def block(config: Config) -> Block:
     """Attention, then two linear maps; each reads norm(x) and is added to x."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.dim, config.epsilon)
-        self.attention = MultiHeadAttention(
-            config.dim, config.heads, bias=config.bias, out_bias=True, dropout=config.attention_dropout
-        )
-        self.mlp_norm = nn.LayerNorm(config.dim, config.epsilon)
-        self.up, self.down = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+    def added(part: nn.Module) -> PreNorm:
+        return PreNorm(part, nn.LayerNorm(config.dim, config.epsilon), dropout=config.dropout)
 
-    def forward(self, x: Tensor, pattern: Pattern | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), pattern=pattern))
-        y: Tensor = x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
-        return y
+    return Block(
+        added(
+            SelfAttention(config.dim, config.heads, bias=config.bias, out_bias=True, dropout=config.attention_dropout)
+        ),
+        added(FeedForward(config.dim, config.hidden, activation=F.gelu)),
+    )
 
 
 class Model(nn.Module):
@@ -102,7 +97,7 @@ class Model(nn.Module):
         self.teacher_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.kind == "deit" else None
         self.position = nn.Parameter(torch.zeros(1, self.first + self.side**2, config.dim))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, config.epsilon)
         self.pooler = nn.Linear(config.dim, config.dim) if pooler else None
         for parameter in self.parameters():
@@ -127,8 +122,8 @@ class Model(nn.Module):
         tokens = [self.class_token] if self.teacher_token is None else [self.class_token, self.teacher_token]
         x = torch.cat([token.expand(batch, -1, -1) for token in tokens] + [patches], 1)
         x = self.dropout(x + self.positions(height // size, width // size))
-        for block in self.blocks:
-            x = block(x, pattern)
+        for layer in self.blocks:
+            x = layer(x, pattern)
         y: Tensor = self.norm(x)
         return y
 
@@ -178,12 +173,12 @@ NAMES = {
     "embeddings.distillation_token": "teacher_token",
     "embeddings.position_embeddings": "position",
     "embeddings.patch_embeddings.projection.*": "patch.*",
-    "encoder.layer.*.layernorm_before.*": "blocks.*.attention_norm.*",
-    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.out.*",
-    "encoder.layer.*.attention.attention.*.*": "blocks.*.attention.*.*",  # query, key, value
-    "encoder.layer.*.layernorm_after.*": "blocks.*.mlp_norm.*",
-    "encoder.layer.*.intermediate.dense.*": "blocks.*.up.*",
-    "encoder.layer.*.output.dense.*": "blocks.*.down.*",
+    "encoder.layer.*.layernorm_before.*": "blocks.*.attention.norm.*",
+    "encoder.layer.*.attention.output.dense.*": "blocks.*.attention.part.out.*",
+    "encoder.layer.*.attention.attention.*.*": "blocks.*.attention.part.*.*",  # query, key, value
+    "encoder.layer.*.layernorm_after.*": "blocks.*.feed_forward.norm.*",
+    "encoder.layer.*.intermediate.dense.*": "blocks.*.feed_forward.part.up.*",
+    "encoder.layer.*.output.dense.*": "blocks.*.feed_forward.part.down.*",
     "layernorm.*": "norm.*",
     "pooler.dense.*": "pooler.*",
 }

@@ -74,3 +74,30 @@ def rename_attention(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
     for name in _PARTS:
         if f"{prefix}{name[0]}_proj_weight" in state:
             state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name[0]}_proj_weight")
+
+
+def rename_block(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give what a `torch.nn.TransformerEncoderLayer` or `TransformerDecoderLayer` wrote our names, in place."""
+    reads_context = any(key.startswith(f"{prefix}multihead_attn.") for key in state)
+    names = {
+        "self_attn.": "attention.part.",
+        "multihead_attn.": "cross.part.",
+        "linear1.": "feed_forward.part.up.",
+        "linear2.": "feed_forward.part.down.",
+        "norm1.": "attention.norm.",
+        "norm2.": "cross.norm." if reads_context else "feed_forward.norm.",
+        "norm3.": "feed_forward.norm.",
+    }
+    _rename(state, {f"{prefix}{theirs}": f"{prefix}{ours}" for theirs, ours in names.items()})
+
+
+def rename_layers(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give what a `torch.nn.TransformerEncoder` or `TransformerDecoder` wrote our names, in place."""
+    _rename(state, {f"{prefix}layers.": f"{prefix}blocks."})
+
+
+def _rename(state: dict[str, Any], prefixes: dict[str, str]) -> None:
+    for key in list(state):
+        for theirs, ours in prefixes.items():
+            if key.startswith(theirs):
+                state[ours + key.removeprefix(theirs)] = state.pop(key)

@@ -41,6 +41,7 @@ def gallery() -> list[Example]:
         ("longformer(4, [0])", fv.longformer(4, [0])),
         ("bigbird(2, random=1)", fv.bigbird(2, random=1)),
         ("every(4)", fv.every(4)),
+        ("pooled(4)", fv.pooled(4)),
         ("strided(4)", fv.strided(4)),
         ("fixed(4)", fv.fixed(4)),
         ("streaming(2, 4)", fv.streaming(2, 4)),

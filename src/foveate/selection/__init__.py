@@ -12,7 +12,7 @@ gradient goes through a choice.
 
 from foveate.selection.blocks import block_topk, moba
 from foveate.selection.compressed import compress, select
-from foveate.selection.lightning import lightning, lightning_loss, lightning_scores
+from foveate.selection.indexer import lightning, lightning_loss, lightning_scores
 from foveate.selection.tokens import heavy_hitters, topk, topk_of
 
 __all__ = [

@@ -38,6 +38,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
 _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
+NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
 
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which the kernels cannot compute this."""
@@ -208,7 +209,7 @@ class _Call:
         batch, heads, _, queries, keys = self.sizes[:5]
         tiles_at = (0, 0, 0, 0, 1, 1)
         limits = given.lengths, given.left, given.right
-        chosen_at: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)
+        chosen_at: tuple[int, ...] = NO_LISTS
         if lists is not None:
             limits, chosen_at = self._chosen(lists)
         elif given.pattern:

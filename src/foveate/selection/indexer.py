@@ -22,7 +22,7 @@ from foveate.score import Score
 from foveate.selection.choosing import by_rows, highest, how_many, within_reach
 from foveate.values import describe
 
-_ENTRIES = 1 << 22
+_ENTRIES = 1 << 20  # numbers of one kind at once, of which a part of the loss holds a dozen
 
 
 def lightning_scores(
@@ -141,17 +141,19 @@ def lightning_loss(
         asks, weights, main, *more, keys, main_keys = held
         at = call.pairs((b, slice(0, call.shape[1]), rows, slice(0, call.shape[3])))
         if chosen is None:
-            guess = _scores(index, asks, weights, keys)
+            everyone = None if call.pattern is None else call.pattern.visible(at).any(1)
+            guess = _scores(index, asks, weights, keys, everyone)
             with torch.no_grad():
                 scores = raw_scores(main.to(wide), main_keys.to(wide)) * call.scale
                 shares, seen, _ = normalized(call, scores, at)
         else:
             places, there = _tokens(more[0], chosen.block, call.shape[3])
             at = replace(at, key=places, box=None)
-            guess = _listed_scores(index, asks, weights, keys, places[:, 0], there[:, 0])
+            seen = there if rest is None else there & rest.visible(at)
+            listed = places[:, 0], seen.any(1)
+            guess = _listed_scores(index, asks, weights, keys, *listed)
             with torch.no_grad():
-                seen = there if rest is None else there & rest.visible(at)
-                scores = _products(main.to(wide), main_keys.to(wide), places[:, 0], there[:, 0]) * call.scale
+                scores = _products(main.to(wide), main_keys.to(wide), *listed) * call.scale
                 shares, _, _ = normalized(replace(call, pattern=None), scores.masked_fill(~seen, -math.inf), at)
         target = shares.sum(1)
         total = target.sum(-1, keepdim=True)
@@ -200,10 +202,12 @@ def _cost(call: Problem) -> int:
     return (call.shape[1] + 1) * call.shape[3]
 
 
-def _scores(call: Problem, q: Tensor, w: Tensor, k: Tensor) -> Tensor:
-    """I of some rows and keys, `[b, rows, keys]`, float32 or wider."""
+def _scores(call: Problem, q: Tensor, w: Tensor, k: Tensor, seen: Tensor | None = None) -> Tensor:
+    """I of some rows and keys, `[b, rows, keys]`, float32 or wider; 0 for keys that are not `seen`."""
     wide = accumulator(call.q.dtype)
     products = raw_scores(q.to(wide), k.to(wide)) * call.scale
+    if seen is not None:  # before the sum, so that no gradient of a hidden key is 0 · NaN
+        products = products.masked_fill(~seen[:, None], 0)
     return torch.einsum("bhrk,bhr->brk", products.relu(), w.to(wide))
 
 
