@@ -114,11 +114,7 @@ static int64_t next_stretch(const Wish* wishes, int64_t count, int64_t entries) 
 }
 
 // Up to 64 keys of one query, with pointers to whole vectors of their keys and values.
-<<<<<<< HEAD
 struct Picked {
-=======
-struct Handful {
->>>>>>> main
     int64_t count;
     int64_t key[tile];
     const float *k[tile], *v[tile];
@@ -162,11 +158,7 @@ struct Source {
 };
 
 // The next keys of a query before entry `end`; `inside`: keys of its current block that are done.
-<<<<<<< HEAD
 static bool pick_keys(const Call& call, Wish& wish, int64_t& inside, int64_t end, Picked& picked) {
-=======
-static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Handful& chunk) {
->>>>>>> main
     int64_t n = 0;
     while (n < tile && wish.at < wish.end && wish.list[wish.at] < end) {
         const int64_t block = wish.list[wish.at] * call.chosen.block;
@@ -307,11 +299,7 @@ static void gathered_scatter(const float* weights, int64_t rows, const float* a,
 }
 
 // Raw scores of one row become binary logarithms of weights; `slopes`: what the cap lets through of a gradient.
-<<<<<<< HEAD
 static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Picked& picked, float binary,
-=======
-static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Handful& chunk, float binary,
->>>>>>> main
                           float* scores, float* slopes) {
     const bool adjusted = adjusts(call);
     const float* distances = call.distances;
@@ -402,11 +390,7 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
         store(total + n * lanes, Floats{});
         total[n * lanes] = base[n] == -INFINITY ? 0.0f : 1.0f;
     }
-<<<<<<< HEAD
     Picked picked;
-=======
-    Handful chunk;
->>>>>>> main
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
         for (int64_t t = 0; t < band.count; ++t) {
             int64_t inside = 0;
@@ -497,11 +481,7 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
         }
     std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
     int64_t done = 0;
-<<<<<<< HEAD
     Picked picked;
-=======
-    Handful chunk;
->>>>>>> main
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
         const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
         for (int64_t t = 0; t < band.count; ++t) {
