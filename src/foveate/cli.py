@@ -296,6 +296,27 @@ def _in_turn(rows: list[_Row], measure: Callable[[_Row], Measured]) -> list[Meas
     return measured
 
 
+@bench.command("sparse")
+def bench_sparse(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: _Only = None,
+    runs: _Runs = 3,
+    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
+) -> None:
+    """Attention to chosen keys beside attention to all, and additive scores beside a broadcast; each checked first."""
+    from foveate.bench.about import about
+    from foveate.bench.results import Results
+    from foveate.bench.sparse import measure_sparse, table
+    from foveate.bench.tables import chosen
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(table(quick=quick), only)
+    measured = _in_turn(rows, lambda row: measure_sparse(row, runs=runs, seconds=0.01 if quick else 0.5))
+    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
+
+
 @bench.command("show")
 def bench_show(
     results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],

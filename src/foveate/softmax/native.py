@@ -40,6 +40,7 @@ _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 
 
 NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
 
+
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which the kernels cannot compute this."""
     q = problem.q
@@ -196,7 +197,7 @@ class _Call:
         given, (batch, heads, _, queries, keys) = self.given, self.sizes[:5]
         terms = self.score.biases if self.score else ()
         wanted = any(wish for term, wish in zip(terms, gradients, strict=False) if hasattr(term, "collect"))
-        if self.bias is not None or given.dropout or wanted or self.pages[0]:
+        if self.bias is not None or given.dropout or wanted or self.pages[0] or keys >= 1 << 31:
             return None
         return listed(given.pattern, given.held, batch, heads, queries, keys, self.position)
 
@@ -236,15 +237,15 @@ class _Call:
         table = lists.indices
         sides = (_NO_LIMIT if side is None else min(side, _FAR) for side in (lists.reach.left, lists.reach.right))
         return (lists.reach.lengths, *sides), (  # type: ignore[return-value]
-            table.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
-            self.outside.data_ptr(),
+            table.data_ptr() or self.outside.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1],
+            table.element_size(), self.outside.data_ptr(),
         )  # fmt: skip
 
     def check_lists(self) -> None:
-        """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
+        """Raise `InvalidInput` if a list holds a number that is no key's; the kernel has read nothing there."""
         if self.outside:
             raise InvalidInput(
-                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+                f"{self.given.pattern} lists what is not there beside {self.sizes[4]} keys: wanted −1 for none"
             )
 
     def _distances(self) -> Tensor | None:
@@ -308,8 +309,8 @@ def _backward(
             d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out), d_lse.data_ptr(),
-            (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
+            d_lse.data_ptr(), (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
         )  # fmt: skip
