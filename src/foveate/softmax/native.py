@@ -277,7 +277,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+    # Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it.
+    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
@@ -349,7 +350,8 @@ def _forward_op(
 @_forward_op.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return q.new_empty(*q.shape[:3], v.shape[3]), lse, rest
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, lse, rest
 
 
 @torch.library.custom_op("foveate::native_backward", mutates_args=(), device_types="cpu")
