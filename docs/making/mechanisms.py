@@ -26,6 +26,6 @@ def row(one: Mechanism) -> str:
         f"{one.equation}<br>`{one.call}`",
         one.cost,
         "<br>".join(one.abilities),
-        ", ".join(one.backends) or "its own",
+        ", ".join(one.backends) or "one way",
     )
     return "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"

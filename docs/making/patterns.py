@@ -118,8 +118,7 @@ ABOUT: dict[str, tuple[str, str, str]] = {
         "[Zaheer et al. 2020](https://arxiv.org/abs/2007.14062)",
     ),
     "pooled(4)": (
-        "Causality for keys that stand for 4 positions each, here only 4 of them: a key counts once it is past as a "
-        "whole.",
+        "Causality for keys that stand for 4 positions each (here 4 keys): a key counts once it is past as a whole.",
         "n²/2·stride",
         "[Yuan et al. 2025](https://arxiv.org/abs/2502.11089)",
     ),

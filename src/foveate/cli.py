@@ -198,14 +198,18 @@ def mechanisms(
     console = Console(emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has no edge to wrap at
-    table = Table("mechanism", "equation, call", "cost", "can", "runs in", "paper", show_lines=True)
+    table = Table(show_lines=True)
+    for heading in ("mechanism", "equation, call", "cost", "can", "runs in", "paper"):
+        table.add_column(heading, overflow="fold")
     for one in chosen(text):
         cells = (
             f"{one.name}\n{one.family}",
-            "\n".join([one.equation, one.call, *([f"fv.nn.{one.layer}"] if one.layer else [])]),
+            "\n".join(
+                [one.equation, one.call, *([f"fv.nn.{one.layer}"] if one.layer and one.layer not in one.call else [])]
+            ),
             one.cost,
             "\n".join(one.abilities),
-            ", ".join(one.backends) or "its own",
+            ", ".join(one.backends) or "one way",
             f"{one.paper}\n{one.link}",
         )
         table.add_row(*map(Text, cells))

@@ -26,7 +26,8 @@ class Mechanism:
     cross: whether queries of one text can look at another, of any length.
     gradients: "all", "v" alone, or "by reward": q and k through the log-probability of a choice.
     decode: one step after another, from a "cache" of keys and values or from a "state" of fixed size; None = not so.
-    backends: those that can run it; none where it has but one way, some rows at a time.
+    backends: those that can run it; none where there is but one way: some rows at a time, or attention calls
+        for its parts.
     """
 
     name: str
