@@ -4,6 +4,8 @@
 - tables: the tables themselves, as data
 - models: the table of whole models
 - modelling: one row of that, built, checked and timed
+- linear: the table of linear attention
+- linear_measuring: one row of that, computed, checked and timed
 - contestants: one function for each way to compute a row
 - truth: float64, and how far from it a result may be
 - measuring: check, then time in turn
