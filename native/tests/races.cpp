@@ -15,10 +15,11 @@ constexpr int callers = 3, threads = 3, repeats = 2, calls_of_a_kind = 6;
 // A large enough call of each kind to be given to other threads at all.
 std::vector<std::unique_ptr<Case>> large_cases() {
     std::vector<std::unique_ptr<Case>> found;
-    for (Kind kind : {Kind::forward, Kind::decode, Kind::paged_decode, Kind::dropout, Kind::backward, Kind::looked})
+    for (Kind kind : {Kind::forward, Kind::decode, Kind::paged_decode, Kind::dropout, Kind::backward, Kind::looked, Kind::gathered, Kind::gathered_backward})
         for (int taken = 0, seed = 0; taken < calls_of_a_kind; ++seed) {
             auto made = std::make_unique<Case>(kind, seed);
-            if (double(made->batch * made->heads) * double(made->queries * made->keys * (made->dim + made->value_dim)) < 2e6)
+            const int64_t seen = made->gathers() ? made->call.chosen.count * made->call.chosen.block : made->keys;
+            if (double(made->batch * made->heads) * double(made->queries * seen * (made->dim + made->value_dim)) < 2e6)
                 continue;
             found.push_back(std::move(made)), ++taken;
         }
@@ -40,7 +41,7 @@ bool same(const Results& a, const Results& b) {
 // Any output will do for a backward pass to start from, as long as it is the same one.
 Results started(const Case& in) {
     Results found(in);
-    if (in.kind != Kind::backward) return found;
+    if (!in.differentiates()) return found;
     for (int64_t b = 0; b < in.batch; ++b)
         for (int64_t h = 0; h < in.heads; ++h)
             for (int64_t row = 0; row < in.queries; ++row)

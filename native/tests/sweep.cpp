@@ -58,7 +58,7 @@ double index_error(const Case& in, const Results& found, const Truth& truth) {
 }
 
 double error_of(const Case& in, const Results& found, const Truth& truth) {
-    if (in.kind == Kind::backward) {
+    if (in.differentiates()) {
         const double inputs = worse(error_of(found.dq, truth.dq),
                                     worse(error_of(found.dk, truth.dk), error_of(found.dv, truth.dv)));
         const double bias = in.wants_bias ? error_of(found.d_bias, truth.d_bias) : 0;
@@ -135,7 +135,7 @@ int main(int count, char** words) {
             const Truth truth(in, start);
             for (size_t at = 0; at < here.size(); ++at) {
                 Results found(in, n % 3);
-                if (in.kind == Kind::backward) {
+                if (in.differentiates()) {
                     for (int64_t b = 0; b < in.batch; ++b)
                         for (int64_t h = 0; h < in.heads; ++h)
                             for (int64_t row = 0; row < in.queries; ++row)
@@ -148,7 +148,7 @@ int main(int count, char** words) {
                 Score& score = scores[at * kinds + size_t(kind)];
                 score.worst[int(in.dtype)] = worse(score.worst[int(in.dtype)], error);
                 ++score.calls[int(in.dtype)];
-                if (error <= (in.kind == Kind::backward ? allowed_backward : allowed)[int(in.dtype)]) continue;
+                if (error <= (in.differentiates() ? allowed_backward : allowed)[int(in.dtype)]) continue;
                 if (++wrong > 20) continue;
                 std::printf("WRONG by %.2g: %s, %s %d: %s\n", error, here[at]->name, kind_names[kind], n, in.text().c_str());
             }

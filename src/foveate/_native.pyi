@@ -20,7 +20,7 @@ def share_threads_of(library: str) -> bool:
 
 # Nothing is checked here: addresses, strides in elements, sizes. `forward`, `backward` and `looked` all take first what
 # `foveate.softmax.native` makes of a call: dtype, q, k, v, out, lse, sizes, scale, pages, soft-cap, distances, bias,
-# sinks, seed, dropout, reach, tiles, the kernel's name and the number of threads.
+# sinks, seed, dropout, reach, tiles, lists, the kernel's name and the number of threads.
 
 def forward(*call: object) -> None:
     """Fill out and lse."""
