@@ -40,6 +40,7 @@ _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 
 
 NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
 
+
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which the kernels cannot compute this."""
     q = problem.q
