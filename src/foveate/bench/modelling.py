@@ -81,9 +81,9 @@ def _figures(row: ModelRow, runs: int, seconds: float) -> tuple[dict[str, Figure
 def _medians(turns: Mapping[str, Turn], rounds: int) -> dict[str, float]:
     """The median seconds of a turn of each, taken in turn."""
     times: dict[str, list[float]] = {name: [] for name in turns}
+    gc.collect()  # now, so that it falls on nobody
     for _ in range(rounds):
         for name, turn in turns.items():
-            gc.collect()  # now, so that it falls on nobody
             start = time.perf_counter()
             turn()
             times[name].append(time.perf_counter() - start)
