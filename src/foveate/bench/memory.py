@@ -86,9 +86,9 @@ def _measure(row: Row, contestant: str) -> tuple[float, str]:
     with torch.set_grad_enabled(row.gradients):
         _turn(small, contestant, *small.inputs())
         inputs = row.inputs()
-        start = _start()
+        before = start()
         found = _turn(row, contestant, *inputs)
-        grown = _peak() - start - sum(part.nbytes for part in found)
+        grown = peak() - before - sum(part.nbytes for part in found)
     return grown / 1e6, _complaint(row, inputs, found)
 
 
@@ -112,14 +112,14 @@ def _turn(row: Row, contestant: str, q: Tensor, k: Tensor, v: Tensor, upstream: 
     return prepare(contestant, row, q, k, v, upstream)()
 
 
-def _start() -> int:
+def start() -> int:
     """The bytes held now; from here on the peak is counted anew."""
     with suppress(OSError):  # elsewhere than on Linux, or where it is forbidden, the peak so far stands
         _RESET.write_text("5")
-    return _peak()
+    return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
     """The most bytes held so far. Not `ru_maxrss` on Linux: there a child begins with the peak of its parent."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
