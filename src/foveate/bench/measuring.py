@@ -93,11 +93,16 @@ def _figures(
     return {name: figures[name] for name in row.contestants}, again
 
 
+def first_peer(turns: Mapping[str, Turn], peers: tuple[str, ...] = PEERS) -> str:
+    """Who is timed twice: the first peer, or whoever is there."""
+    return next((name for name in peers if name in turns), next(iter(turns)))
+
+
 def repeated(
     turns: Mapping[str, Turn], runs: int, seconds: float, peers: tuple[str, ...] = PEERS
 ) -> tuple[dict[str, list[float]], float]:
-    """(the median seconds of each run, the A/A ratio): the first peer, or whoever is there, is timed twice."""
-    peer = next((name for name in peers if name in turns), next(iter(turns)))
+    """(the median seconds of each run, the A/A ratio)."""
+    peer = first_peer(turns, peers)
     found = [medians({**turns, AGAIN: turns[peer]}, seconds) for _ in range(runs)]
     again = max(max(run[peer] / run[AGAIN], run[AGAIN] / run[peer]) for run in found)
     return {name: [run[name] for run in found] for name in turns}, rounded(again)
