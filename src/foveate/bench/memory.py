@@ -101,9 +101,9 @@ def _measure_model(name: str, contestant: str) -> float:
     rows = [row for quick in (False, True) for row in table(quick=quick)]
     with torch.no_grad():
         turn = turn_alone(next(row for row in rows if row.name == name), contestant)
-        start = _start()
+        before = start()
         turn()
-        return (_peak() - start) / 1e6
+        return (peak() - before) / 1e6
 
 
 def _turn(row: Row, contestant: str, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
