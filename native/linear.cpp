@@ -2,6 +2,7 @@
 #include "linear.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "pieces.hpp"
 
@@ -38,9 +39,28 @@ void linear(const Linear& call, const Kernel& kernel, int threads) {
     const int64_t heads = call.batch * call.key_heads, wanted = (threads + heads - 1) / heads;
     const int64_t units = (call.value_dim + narrowest - 1) / narrowest;
     const int64_t columns = columns_of(call, std::clamp<int64_t>(wanted, 1, units));
-    const int64_t bytes = kernel.linear_bytes(call, columns);
-    spread(threads, heads * ((call.value_dim + columns - 1) / columns),
-           [&](int64_t n) { kernel.linear(call, piece(call, columns, n), scratch_of(bytes)); });
+    const int64_t bytes = kernel.linear_bytes(call, columns), pieces = heads * ((call.value_dim + columns - 1) / columns);
+    // One step is little but memory: neighbours stay with one thread, which has them in its cache from the step before.
+    const int64_t together = call.steps == 1 ? (pieces + threads - 1) / threads : 1;
+    spread(threads, (pieces + together - 1) / together, [&](int64_t part) {
+        for (int64_t n = part * together; n < std::min(pieces, (part + 1) * together); ++n)
+            kernel.linear(call, piece(call, columns, n), scratch_of(bytes));
+    });
+}
+
+bool has_fine_gates(const Linear& call) {
+    const auto all = [&call](const Gate& gate, int64_t channels, float low, float high) {
+        for (int64_t b = 0; b < (gate.batch ? call.batch : 1); ++b)
+            for (int64_t h = 0; h < (gate.head ? call.key_heads : 1); ++h)
+                for (int64_t t = 0; t < (gate.step ? call.steps : 1); ++t) {
+                    const float* numbers = gate.data + b * gate.batch + h * gate.head + t * gate.step;
+                    for (int64_t d = 0; d < channels; ++d)
+                        if (numbers[d] < low || numbers[d] > high) return false;
+                }
+        return true;
+    };
+    return (!call.decay.data || all(call.decay, call.by_channel ? call.dim : 1, -INFINITY, 0)) &&
+           (!call.beta.data || !call.delta_rule || all(call.beta, 1, 0, 2));
 }
 
 void linear_backward(const LinearGradients& gradients, const Kernel& kernel, int threads) {

@@ -32,10 +32,10 @@ struct Linear {
     const float* state;  // [batch, key heads, dim, value_dim], contiguous
     float* last;
     float* saved;     // [batch, key heads, segments, dim, value_dim]: the states before steps 0, segment, 2 · segment …; or null
-    int64_t segment;  // a multiple of `longest_chunk`
+    int64_t segment;  // a multiple of `chunk_steps`
 };
 
-constexpr int64_t longest_chunk = 32;
+constexpr int64_t chunk_steps = 16;
 
 // Gradients are float32 and contiguous. Columns of the state do not depend on each other, so pieces of work are slices of
 // them; what each has for q, k, decay and beta is kept apart: [slices, batch, …], to be summed.
@@ -55,6 +55,8 @@ struct Columnar {
 inline int64_t segments_of(const Linear& call) { return (call.steps + call.segment - 1) / call.segment; }
 
 void linear(const Linear& call, const Kernel& kernel, int threads);
+// Whether no decay is above 0 and, by the delta rule, every beta is from 0 to 2; NaN passes.
+bool has_fine_gates(const Linear& call);
 void linear_backward(const LinearGradients& gradients, const Kernel& kernel, int threads);
 
 }  // namespace foveate

@@ -8,10 +8,10 @@
 //
 // A decay of step t changes what goes from any j < t to any i ≥ t, so its gradient is a sum over that rectangle, and over
 // what comes from the state before or goes to the one after. No sum is the difference of two others.
-static inline int64_t chunks_in(const Linear& call) { return (call.segment + chunk_of(call) - 1) / chunk_of(call); }
+static inline int64_t chunks_in(const Linear& call) { return (call.segment + chunk_steps - 1) / chunk_steps; }
 
 static int64_t linear_backward_bytes(const Linear& call, int64_t columns) {
-    const int64_t size = chunk_of(call), wide = padded(call.dim), width = padded(columns);
+    const int64_t size = chunk_steps, wide = padded(call.dim), width = padded(columns);
     const int64_t states = call.dim * width, turned = width * wide;
     return 4 * ((chunks_in(call) + 3) * states + 2 * turned + chunk_floats(call) + step_floats(call, columns) +
                 call.segment * width + 4 * size * width + width * size + 3 * size * size + 7 * size * wide + 2 * wide + size);
@@ -30,7 +30,7 @@ struct Back {
 };
 
 static Back back_at(const Linear& call, int64_t columns, float*& next) {
-    const int64_t size = chunk_of(call), wide = padded(call.dim), width = padded(columns), states = call.dim * width;
+    const int64_t size = chunk_steps, wide = padded(call.dim), width = padded(columns), states = call.dim * width;
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     Back b{};
     b.states = room(chunks_in(call) * states), b.x = room(call.segment * width);
@@ -71,9 +71,9 @@ static inline void add_products(float* to, const float* a, const float* b, int64
 // By channel: the gradient `pairs` of Σ_d rows_i·e^(j→i)·k_j, at d_rows and d_keys, and of the decays between.
 static void pair_gradients(const Chunk& chunk, const float* pairs, const float* rows, float* d_rows, float* d_keys, float* d_logs) {
     for (int64_t d = 0; d < chunk.wide; d += lanes) {
-        Floats later[16];  // Σ over the rows from here on of pairs·rows·e^(here→row), for each key
+        Floats later[chunk_steps];  // Σ over the rows from here on of pairs·rows·e^(here→row), for each key
         for (int64_t i = chunk.count; i-- > 0;) {
-            const float *row = pairs + i * chunk.size, *carried = carried_at(chunk, i) + d;
+            const float *row = pairs + i * chunk_steps, *carried = carried_at(chunk, i) + d;
             const Floats mine = load(rows + i * chunk.wide + d);
             const Floats factor = i + 1 < chunk.count ? load(chunk.factors + (i + 1) * chunk.wide + d) : Floats{};
             Floats d_row{}, d_log{};
@@ -101,13 +101,13 @@ static void pair_gradients(const Chunk& chunk, const float* pairs, const float* 
 // A query head's part: its dq, and what it adds to du, dk, dS and the gradients of decays.
 static void head_gradients(const LinearGradients& g, const Columnar& at, const Chunk& chunk, int64_t head, const Back& b) {
     const Linear& call = g.call;
-    const int64_t count = chunk.count, wide = chunk.wide, width = chunk.width, size = chunk.size;
+    const int64_t count = chunk.count, wide = chunk.wide, width = chunk.width, size = chunk_steps;
     const bool decays = has_factors(call);
     take(call.q, at.batch, head, chunk.first, count, 0, call.dim, call.scale, b.q, wide);
     take(g.d_out, at.batch, head, chunk.first, count, at.first, at.count, 1, b.d_out, width);
     weights_of(call, chunk, b.q, b.weights);
-    times_below_turned<Into::added>(b.weights, b.d_out, width, chunk, b.du);
-    products_below(b.d_out, width, b.u_across, width, chunk, b.d_weights);
+    add_steps<true>(b.weights, b.d_out, width, chunk, b.du);
+    pair_products(b.d_out, width, b.u_across, width, chunk, b.d_weights);
     below_diagonal(chunk, false, true, 1, b.d_weights);
     products<false, Into::fresh>(b.d_out, count, width, b.state_across, wide, at.count, wide / lanes, b.dq, wide);
     from_before(call, chunk, b.dq);
@@ -119,8 +119,8 @@ static void head_gradients(const LinearGradients& g, const Columnar& at, const C
             add_products(b.pairs, b.d_weights, b.weights, count * size);
             for (int64_t n = 0; n < count * size; n += lanes) store(b.d_weights + n, load(b.d_weights + n) * load(chunk.between + n));
         }
-        times_below<Into::added>(b.d_weights, chunk.k, wide, chunk, b.dq);
-        times_below_turned<Into::added>(b.d_weights, b.q, wide, chunk, b.dk);
+        add_steps<false>(b.d_weights, chunk.k, wide, chunk, b.dq);
+        add_steps<true>(b.d_weights, b.q, wide, chunk, b.dk);
     }
     from_before(call, chunk, b.q);
     products<true, Into::added>(b.q, call.dim, wide, b.d_out, width, count, width / lanes, b.d_state, width);
@@ -131,7 +131,7 @@ static void head_gradients(const LinearGradients& g, const Columnar& at, const C
 // The gradients of the decays of a chunk, from the parts that were collected.
 static void decay_gradients(const LinearGradients& g, const Columnar& at, const Chunk& chunk, const Back& b) {
     const Linear& call = g.call;
-    const int64_t count = chunk.count, wide = chunk.wide, size = chunk.size;
+    const int64_t count = chunk.count, wide = chunk.wide, size = chunk_steps;
     if (call.by_channel) {
         // Rows from here on, keys before, and what goes all the way through.
         for (int64_t d = 0; d < wide; d += lanes) {
@@ -152,7 +152,7 @@ static void decay_gradients(const LinearGradients& g, const Columnar& at, const 
     Floats through{};
     for (int64_t d = 0; d < wide; d += lanes) through += load(b.through + d);
     float later = 0, before = sum_of(through);
-    Floats rows[longest_chunk / lanes] = {};  // of the pairs: the sum of the rows from here on, for each key
+    Floats rows[chunk_steps / lanes] = {};  // of the pairs: the sum of the rows from here on, for each key
     for (int64_t t = count; t-- > 0;) {
         Floats rectangle{};
         for (int64_t j = 0; j < size; j += lanes) {
@@ -179,7 +179,7 @@ static void decay_gradients(const LinearGradients& g, const Columnar& at, const 
 static void chunk_gradients(const LinearGradients& g, const Columnar& at, const Chunk& chunk, const float* state, const float* x,
                             const Back& b) {
     const Linear& call = g.call;
-    const int64_t count = chunk.count, wide = chunk.wide, width = chunk.width, size = chunk.size, group = group_of(call);
+    const int64_t count = chunk.count, wide = chunk.wide, width = chunk.width, size = chunk_steps, group = group_of(call);
     const bool decays = has_factors(call);
     const size_t rows = sizeof(float) * static_cast<size_t>(count * wide);
     for (int64_t n = 0; n < count; ++n)
@@ -199,20 +199,13 @@ static void chunk_gradients(const LinearGradients& g, const Columnar& at, const 
     }
     for (int64_t head = at.key_head * group; call.reads && head < (at.key_head + 1) * group; ++head)
         head_gradients(g, at, chunk, head, b);
-    for (int64_t end = count; end > 0;) {
-        const int64_t from = (end - 1) / 16 * 16;
-        if (!call.delta_rule) {
-            for (int64_t n = from; n < end; ++n)
-                for (int64_t d = 0; d < width; d += lanes) store(b.g + n * width + d, load(b.du + n * width + d) * spread(chunk.beta[n]));
-        } else {
-            if (end < count)  // the rows of blocks below
-                products<true, Into::added>(chunk.inside + end * size + from, end - from, size, b.g + end * width, width,
-                                            count - end, width / lanes, b.du + from * width, width);
-            int64_t n = 0;
-            for (; n + 4 * lanes <= width; n += 4 * lanes) solve_up<4>(chunk, from, end, b.du + n, b.g + n);
-            for (; n < width; n += lanes) solve_up<1>(chunk, from, end, b.du + n, b.g + n);
-        }
-        end = from;
+    if (call.delta_rule) {
+        int64_t n = 0;
+        for (; n + 4 * lanes <= width; n += 4 * lanes) solve_up<4>(chunk, b.du + n, b.g + n);
+        for (; n < width; n += lanes) solve_up<1>(chunk, b.du + n, b.g + n);
+    } else {
+        for (int64_t n = 0; n < count; ++n)
+            for (int64_t d = 0; d < width; d += lanes) store(b.g + n * width + d, load(b.du + n * width + d) * spread(chunk.beta[n]));
     }
     for (int64_t n = 0; n < count; ++n) {
         put_values(g, at, chunk.first + n, b.g + n * width);
@@ -225,7 +218,7 @@ static void chunk_gradients(const LinearGradients& g, const Columnar& at, const 
         from_before(call, chunk, b.d_reading);
         for (int64_t n = 0; n < count * wide; n += lanes) store(b.dk + n, load(b.dk + n) + load(b.d_reading + n));
         if (decays) add_products(b.rows, chunk.k, b.d_reading, count * wide);
-        products_below(b.g, width, b.u_across, width, chunk, b.d_weights);
+        pair_products(b.g, width, b.u_across, width, chunk, b.d_weights);
         below_diagonal(chunk, false, false, 1, b.d_weights);
         if (call.by_channel) {
             pair_gradients(chunk, b.d_weights, chunk.k, b.dk, b.dk, b.d_logs);
@@ -236,8 +229,8 @@ static void chunk_gradients(const LinearGradients& g, const Columnar& at, const 
                     store(b.d_weights + n, load(b.d_weights + n) * load(chunk.between + n));
                 }
             }
-            times_below<Into::added>(b.d_weights, chunk.k, wide, chunk, b.dk);
-            times_below_turned<Into::added>(b.d_weights, chunk.k, wide, chunk, b.dk);
+            add_steps<false>(b.d_weights, chunk.k, wide, chunk, b.dk);
+            add_steps<true>(b.d_weights, chunk.k, wide, chunk, b.dk);
         }
     }
     // What went to the state after the chunk: dk^, times e^(t→C).
@@ -316,7 +309,7 @@ static void step_gradients(const LinearGradients& g, const Columnar& at, int64_t
 
 static void backward_columns(const LinearGradients& g, const Columnar& at, char* scratch) {
     const Linear& call = g.call;
-    const int64_t size = chunk_of(call), width = padded(at.count), states = call.dim * width;
+    const int64_t size = chunk_steps, width = padded(at.count), states = call.dim * width;
     const size_t state_bytes = sizeof(float) * static_cast<size_t>(states);
     float* next = reinterpret_cast<float*>(scratch);
     const Back b = back_at(call, at.count, next);

@@ -9,13 +9,22 @@
 //
 // Here dimensions, value dimensions or earlier steps lie in the lanes.
 
-// From float32 or half precision to rows of whole vectors, zeros beyond `dim`.
+// Memory is asked for some rows of the next chunk: a processor that fetches ahead by itself stops at the end of a page.
+template <bool writes>
+static inline void expect(const Typed& of, int64_t place, int64_t count) {
+    const int64_t size = of.dtype == Dtype::float32 ? 4 : 2;
+    const char* next = static_cast<const char*>(of.view.data) + size * place;
+    for (int64_t byte = 0; byte < size * count; byte += 64) __builtin_prefetch(next + byte, writes, 2);
+}
+
+// From float32 or half precision to rows of whole vectors, zeros beyond `dim`; as many rows more are expected.
 static void take(const Typed& from, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t column, int64_t dim,
                  float factor, float* to, int64_t stride) {
     const int64_t start = batch * from.view.batch + head * from.view.head + first * from.view.row + column;
     for (int64_t n = 0; n < count; ++n) {
         const int64_t place = start + n * from.view.row;
         float* row = to + n * stride;
+        if (count > 1) expect<false>(from, place + count * from.view.row, dim);
         if (from.dtype == Dtype::float32) {
             const float* data = static_cast<const float*>(from.view.data) + place;
             for (int64_t d = 0; d < dim; d += lanes) store(row + d, load_some(data + d, dim - d) * spread(factor));
@@ -28,8 +37,10 @@ static void take(const Typed& from, int64_t batch, int64_t head, int64_t first, 
     }
 }
 
-static void put(const Typed& to, int64_t batch, int64_t head, int64_t step, int64_t column, int64_t count, const float* row) {
+static void put(const Typed& to, int64_t batch, int64_t head, int64_t step, int64_t column, int64_t count, const float* row,
+                int64_t ahead = 0) {
     const int64_t place = batch * to.view.batch + head * to.view.head + step * to.view.row + column;
+    if (ahead) expect<true>(to, place + ahead * to.view.row, count);
     if (to.dtype == Dtype::float32) {
         float* data = static_cast<float*>(to.view.data) + place;
         for (int64_t d = 0; d < count; d += lanes) store_some(data + d, load(row + d), count - d);
@@ -75,13 +86,9 @@ static void row_dots(const float* x, const float* rows, int64_t row, int64_t cou
 }
 
 static inline bool has_factors(const Linear& call) { return call.decay.data || call.resets; }
-// Decays by channel cost a chunk its length squared times `dim`; and keys of length 1 in few dimensions are soon alike.
-static inline int64_t chunk_of(const Linear& call) {
-    return call.by_channel || (call.delta_rule && call.dim < 32) ? 16 : longest_chunk;
-}
 
 struct Chunk {
-    int64_t size, wide, width;  // C; dim and columns in whole vectors
+    int64_t wide, width;        // dim and columns in whole vectors
     int64_t first, count;       // its steps
     float *k, *k_across;        // [C][wide]; [wide][C], not by channel
     float *factors, *beta;      // of each step, as they are fetched logarithms: [C], by channel [C][wide]; [C]
@@ -99,15 +106,15 @@ static inline const float* carried_at(const Chunk& chunk, int64_t step) {
 }
 
 static int64_t chunk_floats(const Linear& call) {
-    const int64_t size = chunk_of(call), wide = padded(call.dim);
+    const int64_t size = chunk_steps, wide = padded(call.dim);
     const int64_t by_step = call.by_channel ? size * (size + 1) / 2 * wide + 2 * size * wide : wide * size + size * size + 2 * size;
     return 3 * size * wide + by_step + size + wide + size * size;
 }
 
 static Chunk chunk_at(const Linear& call, int64_t columns, float*& next) {
     Chunk chunk{};
-    const int64_t size = chunk_of(call), wide = padded(call.dim);
-    chunk.size = size, chunk.wide = wide, chunk.width = padded(columns);
+    const int64_t size = chunk_steps, wide = padded(call.dim);
+    chunk.wide = wide, chunk.width = padded(columns);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     chunk.k = room(size * wide), chunk.reading = room(size * wide), chunk.kept = room(size * wide);
     if (call.by_channel) {
@@ -146,40 +153,28 @@ static void logs_of(const Linear& call, const Columnar& at, int64_t step, float*
 // Row i keeps its entries before i, or up to i; times the decays between, if there are any.
 static void below_diagonal(const Chunk& chunk, bool decayed, bool with_diagonal, float sign, float* rows) {
     for (int64_t i = 0; i < chunk.count; ++i)
-        for (int64_t j = 0; j < chunk.size; j += lanes) {
+        for (int64_t j = 0; j < chunk_steps; j += lanes) {
             const int64_t kept = i - j + with_diagonal;
-            float* place = rows + i * chunk.size + j;
+            float* place = rows + i * chunk_steps + j;
             if (kept <= 0) {
                 store(place, Floats{});
                 continue;
             }
             Floats x = load(place) * spread(sign);
-            if (decayed) x *= load(chunk.between + i * chunk.size + j);
+            if (decayed) x *= load(chunk.between + i * chunk_steps + j);
             store(place, pick(kept >= lanes ? ~0ull : (1ull << kept) - 1, x, Floats{}));
         }
 }
 
-// out[i][j] = Σ_d a[i][d]·b[d][j] for j up to the end of the block of 16 that i is in: what is kept below a diagonal.
-static void products_below(const float* a, int64_t a_row, const float* b, int64_t inner, const Chunk& chunk, float* out) {
-    for (int64_t i = 0; i < chunk.count; i += 16)
-        products<false, Into::fresh>(a + i * a_row, least(16, chunk.count - i), a_row, b, chunk.size, inner,
-                                     least(i + 16, chunk.size) / lanes, out + i * chunk.size, chunk.size);
+// out[i][j] = Σ_d a[i][d]·b[d][j] for the steps i and j of a chunk.
+static void pair_products(const float* a, int64_t a_row, const float* b, int64_t inner, const Chunk& chunk, float* out) {
+    products<false, Into::fresh>(a, chunk.count, a_row, b, chunk_steps, inner, chunk_steps / lanes, out, chunk_steps);
 }
 
-// out[i][…] = Σ_{j ≤ i} a[i][j]·b[j][…], a being 0 above the diagonal.
-template <Into into>
-static void times_below(const float* a, const float* b, int64_t width, const Chunk& chunk, float* out) {
-    for (int64_t i = 0; i < chunk.count; i += 16)
-        products<false, into>(a + i * chunk.size, least(16, chunk.count - i), chunk.size, b, width, least(i + 16, chunk.count),
-                              width / lanes, out + i * width, width);
-}
-
-// out[j][…] = Σ_{i ≥ j} a[i][j]·b[i][…]
-template <Into into>
-static void times_below_turned(const float* a, const float* b, int64_t width, const Chunk& chunk, float* out) {
-    for (int64_t j = 0; j < chunk.count; j += 16)
-        products<true, into>(a + j * chunk.size + j, least(16, chunk.count - j), chunk.size, b + j * width, width,
-                             chunk.count - j, width / lanes, out + j * width, width);
+// out[i][…] += Σ_j a[i][j]·b[j][…], or with a's columns for its rows.
+template <bool turned>
+static void add_steps(const float* a, const float* b, int64_t width, const Chunk& chunk, float* out) {
+    products<turned, Into::added>(a, chunk.count, chunk_steps, b, width, chunk.count, width / lanes, out, width);
 }
 
 // Keys, values (into x), betas and factors of some steps; whether any of them is NaN or infinite. Then the steps have to be
@@ -205,7 +200,7 @@ static bool fetch(const Linear& call, const Columnar& at, int64_t first, int64_t
             for (int64_t d = 0; d < wide; d += lanes) bad += larger(spread(-1.0f), load(chunk.factors + n * wide + d)) * Floats{};
         }
     } else if (has_factors(call)) {
-        for (int64_t n = 0; n < chunk.size; ++n) chunk.factors[n] = n < count ? log_of(call, at, first + n) : 0;
+        for (int64_t n = 0; n < chunk_steps; ++n) chunk.factors[n] = n < count ? log_of(call, at, first + n) : 0;
         for (int64_t n = 0; n < count; n += lanes) bad += larger(spread(-1.0f), load(chunk.factors + n)) * Floats{};
     }
     if (resets)
@@ -231,8 +226,8 @@ static void carry_keys(const Linear& call, Chunk& chunk) {
             store(carried + i * wide + d, load(k + d));
         }
         if (!call.delta_rule) continue;
-        float* row = chunk.inside + i * chunk.size;
-        for (int64_t j = 0; j < chunk.size; j += lanes) store(row + j, Floats{});
+        float* row = chunk.inside + i * chunk_steps;
+        for (int64_t j = 0; j < chunk_steps; j += lanes) store(row + j, Floats{});
         if (i) row_dots(k, carried, wide, i, wide, row);
         for (int64_t j = 0; j < i; j += lanes) store(row + j, -load(row + j));
     }
@@ -242,7 +237,7 @@ static void carry_keys(const Linear& call, Chunk& chunk) {
 
 // Of steps that were fetched, everything that does not depend on values.
 static void make_ready(const Linear& call, Chunk& chunk) {
-    const int64_t size = chunk.size, wide = chunk.wide, count = chunk.count;
+    const int64_t size = chunk_steps, wide = chunk.wide, count = chunk.count;
     if (call.by_channel) return carry_keys(call, chunk);
     turn(chunk.k, wide, count, wide, chunk.k_across, size);
     const bool decays = has_factors(call);
@@ -271,7 +266,7 @@ static void make_ready(const Linear& call, Chunk& chunk) {
         chunk.leaving = chunk.reading = chunk.k;
     }
     if (call.delta_rule) {
-        products_below(chunk.k, wide, chunk.k_across, wide, chunk, chunk.inside);
+        pair_products(chunk.k, wide, chunk.k_across, wide, chunk, chunk.inside);
         below_diagonal(chunk, decays, false, -1, chunk.inside);
     }
 }
@@ -279,12 +274,12 @@ static void make_ready(const Linear& call, Chunk& chunk) {
 // weights[i][j] = q_i·e^(j→i)·k_j for j ≤ i
 static void weights_of(const Linear& call, const Chunk& chunk, const float* q, float* weights) {
     if (!call.by_channel) {
-        products_below(q, chunk.wide, chunk.k_across, chunk.wide, chunk, weights);
+        pair_products(q, chunk.wide, chunk.k_across, chunk.wide, chunk, weights);
         return below_diagonal(chunk, has_factors(call), true, 1, weights);
     }
     for (int64_t i = 0; i < chunk.count; ++i) {
-        float* row = weights + i * chunk.size;
-        for (int64_t j = 0; j < chunk.size; j += lanes) store(row + j, Floats{});
+        float* row = weights + i * chunk_steps;
+        for (int64_t j = 0; j < chunk_steps; j += lanes) store(row + j, Floats{});
         row_dots(q + i * chunk.wide, carried_at(chunk, i), chunk.wide, i + 1, chunk.wide, row);
     }
 }
@@ -299,15 +294,15 @@ static void from_before(const Linear& call, const Chunk& chunk, float* rows) {
         }
 }
 
-// u_i = β_i·x_i with x_i + Σ_{from ≤ j < i} inside_ij·u_j: a triangular system, row after row.
+// u_i = β_i·x_i with x_i + Σ_{j < i} inside_ij·u_j: a triangular system, row after row.
 template <int wide>
-static void solve_down(const Chunk& chunk, int64_t from, int64_t end, float* x, float* u) {
+static void solve_down(const Chunk& chunk, float* x, float* u) {
     const int64_t width = chunk.width;
-    for (int64_t i = from; i < end; ++i) {
-        const float* row = chunk.inside + i * chunk.size;
+    for (int64_t i = 0; i < chunk.count; ++i) {
+        const float* row = chunk.inside + i * chunk_steps;
         Floats sum[2][wide];
         for (int n = 0; n < wide; ++n) sum[0][n] = load(x + i * width + n * lanes), sum[1][n] = Floats{};
-        int64_t j = from;
+        int64_t j = 0;
         for (; j + 2 <= i; j += 2)
             for (int more = 0; more < 2; ++more)
                 for (int n = 0; n < wide; ++n) sum[more][n] += spread(row[j + more]) * load(u + (j + more) * width + n * lanes);
@@ -321,15 +316,15 @@ static void solve_down(const Chunk& chunk, int64_t from, int64_t end, float* x, 
     }
 }
 
-// The same from below, for the gradient: g_j = β_j·d_j with d_j + Σ_{j < i < end} inside_ij·g_i.
+// The same from below, for the gradient: g_j = β_j·d_j with d_j + Σ_{i > j} inside_ij·g_i.
 template <int wide>
-static void solve_up(const Chunk& chunk, int64_t from, int64_t end, float* d, float* g) {
+static void solve_up(const Chunk& chunk, float* d, float* g) {
     const int64_t width = chunk.width;
-    for (int64_t j = end; j-- > from;) {
+    for (int64_t j = chunk.count; j-- > 0;) {
         Floats sum[wide];
         for (int n = 0; n < wide; ++n) sum[n] = load(d + j * width + n * lanes);
-        for (int64_t i = j + 1; i < end; ++i)
-            for (int n = 0; n < wide; ++n) sum[n] += spread(chunk.inside[i * chunk.size + j]) * load(g + i * width + n * lanes);
+        for (int64_t i = j + 1; i < chunk.count; ++i)
+            for (int n = 0; n < wide; ++n) sum[n] += spread(chunk.inside[i * chunk_steps + j]) * load(g + i * width + n * lanes);
         for (int n = 0; n < wide; ++n) {
             store(d + j * width + n * lanes, sum[n]);
             store(g + j * width + n * lanes, sum[n] * spread(chunk.beta[j]));
@@ -339,7 +334,7 @@ static void solve_up(const Chunk& chunk, int64_t from, int64_t end, float* d, fl
 
 // x, which holds values, becomes x = v − k~·S + inside·u, and u = β·x is what is written.
 static void write_values(const Linear& call, const Chunk& chunk, const float* state, float* x, float* u) {
-    const int64_t width = chunk.width, size = chunk.size, count = chunk.count;
+    const int64_t width = chunk.width, count = chunk.count;
     if (!call.delta_rule) {
         for (int64_t i = 0; i < count; ++i)
             for (int64_t n = 0; n < width; n += lanes) store(u + i * width + n, load(x + i * width + n) * spread(chunk.beta[i]));
@@ -347,15 +342,9 @@ static void write_values(const Linear& call, const Chunk& chunk, const float* st
     }
     products<false, Into::fresh>(chunk.reading, count, chunk.wide, state, width, call.dim, width / lanes, u, width);
     for (int64_t n = 0; n < count * width; n += lanes) store(x + n, load(x + n) - load(u + n));
-    for (int64_t from = 0; from < count; from += 16) {
-        const int64_t end = least(from + 16, count);
-        if (from)  // the rows of blocks above
-            products<false, Into::added>(chunk.inside + from * size, end - from, size, u, width, from, width / lanes,
-                                         x + from * width, width);
-        int64_t n = 0;
-        for (; n + 4 * lanes <= width; n += 4 * lanes) solve_down<4>(chunk, from, end, x + n, u + n);
-        for (; n < width; n += lanes) solve_down<1>(chunk, from, end, x + n, u + n);
-    }
+    int64_t n = 0;
+    for (; n + 4 * lanes <= width; n += 4 * lanes) solve_down<4>(chunk, x + n, u + n);
+    for (; n < width; n += lanes) solve_down<1>(chunk, x + n, u + n);
 }
 
 // S ← e^(0→C)·S + k^ᵀ·u

@@ -75,7 +75,7 @@ static inline int64_t saved_at(const Linear& call, const Columnar& at, int64_t s
 }
 
 static int64_t linear_bytes(const Linear& call, int64_t columns) {
-    const int64_t size = chunk_of(call), wide = padded(call.dim), width = padded(columns);
+    const int64_t size = chunk_steps, wide = padded(call.dim), width = padded(columns);
     return 4 * (call.dim * width + chunk_floats(call) + step_floats(call, columns) + 3 * size * width + size * (wide + size));
 }
 
@@ -87,14 +87,14 @@ static void read_chunk(const Linear& call, const Columnar& at, const Chunk& chun
         weights_of(call, chunk, q, weights);
         from_before(call, chunk, q);
         products<false, Into::fresh>(q, chunk.count, chunk.wide, state, width, call.dim, width / lanes, out, width);
-        times_below<Into::added>(weights, u, width, chunk, out);
+        add_steps<false>(weights, u, width, chunk, out);
         for (int64_t n = 0; n < chunk.count; ++n)
-            put(call.out, at.batch, head, chunk.first + n, at.first, at.count, out + n * width);
+            put(call.out, at.batch, head, chunk.first + n, at.first, at.count, out + n * width, chunk.count);
     }
 }
 
 static void forward_columns(const Linear& call, const Columnar& at, char* scratch) {
-    const int64_t size = chunk_of(call), wide = padded(call.dim), width = padded(at.count);
+    const int64_t size = chunk_steps, wide = padded(call.dim), width = padded(at.count);
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float* state = room(call.dim * width);

@@ -138,20 +138,26 @@ static foveate::Linear linear_of(const std::array<Numbers, 4>& tensors, const st
     return call;
 }
 
-template <typename... More>
-static auto bound_linear(void (*function)(const foveate::Linear&, const foveate::Kernel&, int, More...)) {
+template <typename Result, typename... More>
+static auto bound_linear(Result (*function)(const foveate::Linear&, const foveate::Kernel&, int, More...)) {
     return [function](const std::array<Numbers, 4>& tensors, const std::array<int64_t, 6>& sizes, float scale,
                       const std::array<bool, 3>& kinds, const std::array<Steps, 2>& gates, const std::array<int64_t, 2>& resets,
                       const std::array<int64_t, 4>& states, const std::string& kernel, int threads, More... more) {
         const foveate::Kernel& chosen = kernel_of(kernel);
         const foveate::Linear call = linear_of(tensors, sizes, scale, kinds, gates, resets, states);
         nb::gil_scoped_release release;
-        function(call, chosen, threads, more...);
+        return function(call, chosen, threads, more...);
     };
 }
 
 static void linear(const foveate::Linear& call, const foveate::Kernel& kernel, int threads) {
     foveate::linear(call, kernel, threads);
+}
+
+static bool linear_checked(const foveate::Linear& call, const foveate::Kernel& kernel, int threads) {
+    if (!foveate::has_fine_gates(call)) return false;
+    foveate::linear(call, kernel, threads);
+    return true;
 }
 
 static void linear_backward(const foveate::Linear& call, const foveate::Kernel& kernel, int threads, const Numbers& d_out,
@@ -207,5 +213,6 @@ NB_MODULE(_native, module) {
     module.def("backward", bound(&backward));
     module.def("looked", bound(&looked));
     module.def("linear", bound_linear(&linear));
+    module.def("linear_checked", bound_linear(&linear_checked));
     module.def("linear_backward", bound_linear(&linear_backward));
 }

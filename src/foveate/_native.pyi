@@ -31,6 +31,9 @@ def backward(*call: object) -> None:
 def linear(*call: object) -> None:
     """What `foveate.linear.native` makes of a call of its own; fills out, the last state, and those that are kept."""
 
+def linear_checked(*call: object) -> bool:
+    """The same if no decay is above 0 and, by the delta rule, every beta is from 0 to 2; else nothing, and False."""
+
 def linear_backward(*call: object) -> None:
     """The same, then d_out, d_last, the addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices; fills those."""
 

@@ -193,16 +193,19 @@ def linear_implementation(name: str) -> LinearImplementation:
 
 def dispatch_linear(problem: LinearProblem, backend: str = "auto") -> tuple[Tensor, LinearState]:
     """Run the first implementation of the linear family that does not refuse, or the named one."""
-    chosen = _linear_first(problem) if backend == "auto" else linear_implementation(backend)
-    reasons = [] if backend == "auto" else chosen.refuses(problem)
-    if reasons:
-        raise unsupported({backend: reasons})
+    chosen = linear_chosen(problem, backend)
     with without_autocast(problem.q.device):
         return problem.result(*chosen.run(problem))
 
 
-def _linear_first(problem: LinearProblem) -> LinearImplementation:
-    """The compiled kernels where they can; else one step needs no chunk."""
+def linear_chosen(problem: LinearProblem, backend: str = "auto") -> LinearImplementation:
+    """The named implementation, or the compiled kernels where they can; else one step needs no chunk."""
+    if backend != "auto":
+        named = linear_implementation(backend)
+        reasons = named.refuses(problem)
+        if reasons:
+            raise unsupported({backend: reasons})
+        return named
     native = linear_implementation("native")
     if not native.refuses(problem):
         return native

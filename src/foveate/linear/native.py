@@ -91,10 +91,10 @@ def _forward(
     scale: float, delta_rule: bool, reads: bool, narrow: bool, saves: bool, kernel: str, threads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, the last state, the states that the backward pass begins from)."""
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype if narrow else torch.float32)
+    out = _empty(q, (*q.shape[:3], v.shape[3]), v.dtype if narrow else torch.float32)
     if not (k.numel() and v.numel()):
-        return out.zero_(), state.clone(memory_format=torch.contiguous_format), torch.empty(_saved_shape(k, v, False))
-    last, saved = torch.empty(state.shape), torch.empty(_saved_shape(k, v, saves))
+        return out.zero_(), state.clone(memory_format=torch.contiguous_format), _empty(q, _saved_shape(k, v, False))
+    last, saved = _empty(q, state.shape), _empty(q, _saved_shape(k, v, saves))
     held = _Held(q, k, v, decay, beta, resets, state)  # named, so that it lives until the kernel is done
     _native.linear(*held.arguments(out, last, saved if saves else None, scale, delta_rule, reads, kernel, threads))
     return out, last, saved
@@ -140,22 +140,20 @@ def _backward(
     batch, heads, steps, _ = k.shape
     width = v.shape[3]
     if not (k.numel() and v.numel()):
-        d_state = torch.zeros(state.shape) if d_last is None else d_last.clone()
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)] + [
-            d_state, *(torch.zeros(x.shape) for x in gates)
-        ]  # fmt: skip
+        zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, state, *gates)]
+        return zeros if d_last is None else [*zeros[:3], d_last.clone(), *zeros[4:]]
     reads = reads and d_out is not None
     held = _Held(q, k, v, decay, beta, resets, state)
-    last = torch.empty(state.shape)
+    last = _empty(q, state.shape)
     if not saved.numel():
-        saved = torch.empty(_saved_shape(k, v, True))
+        saved = _empty(q, _saved_shape(k, v, True))
         _native.linear(*held.arguments(q, last, saved, scale, delta_rule, False, kernel, threads))
     # Where heads are few, columns of their states are shared out too, and what each share has is summed.
     slices = _slices(batch * heads, width)
-    dq = torch.empty(slices, *q.shape) if reads else torch.zeros(1, *q.shape)
-    dk, dv, d_state = torch.empty(slices, *k.shape), torch.empty(v.shape), torch.empty(state.shape)
-    d_decay = None if decay is None else torch.empty(slices, batch, heads, steps, decay.shape[3])
-    d_beta = None if beta is None else torch.empty(slices, batch, heads, steps, 1)
+    dq = _empty(q, (slices, *q.shape)) if reads else _empty(q, (1, *q.shape)).zero_()
+    dk, dv, d_state = _empty(q, (slices, *k.shape)), _empty(q, v.shape), _empty(q, state.shape)
+    d_decay = None if decay is None else _empty(q, (slices, batch, heads, steps, decay.shape[3]))
+    d_beta = None if beta is None else _empty(q, (slices, batch, heads, steps, 1))
     d_out = readable(d_out) if d_out is not None else q
     d_last = None if d_last is None else d_last.float().contiguous()
     _native.linear_backward(
@@ -249,6 +247,11 @@ def _no_second_derivative(ctx: Any, *gradients: object) -> None:
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where `like` is, whatever device torch has been told to take by default."""
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _strides(x: Tensor) -> list[int]:
