@@ -15,6 +15,7 @@ FAMILIES = {
     "gpt2": "gpt2",
     "roberta": "roberta",
     "vit": "vit",
+    "whisper": "whisper",
     "xlm-roberta": "roberta",
 }
 
