@@ -184,14 +184,11 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 picked_scores(call, piece.keys.place, picked, q + t * pairs * rows, rows, key_rows, scores);
                 weave_picked(call, piece.values.place, picked, value_wide, woven);
                 if (adjusted) adjust_picked<rows>(call, band, shared, t, picked, scores);
-                for (int64_t n = picked.count * rows; n < tile * rows; ++n) scores[n] = -INFINITY;
                 float *bases = base + t * lanes, *sums = out + t * rows * value_wide;
                 Floats top = spread(-INFINITY), sum{};
-                for (int64_t n = 0; n < tile * rows; n += lanes) {
-                    const Floats score = load(scores + n) * binary;
-                    store(scores + n, pick(n < picked.count * rows ? ~0ull : 0, score, spread(-INFINITY)));
-                    top = larger(load(scores + n), top);
-                }
+                for (int64_t n = 0; n < picked.count * rows; n += lanes) store(scores + n, load(scores + n) * binary);
+                for (int64_t n = picked.count * rows; n < tile * rows; ++n) scores[n] = -INFINITY;  // the scale may be negative
+                for (int64_t n = 0; n < tile * rows; n += lanes) top = larger(load(scores + n), top);
                 if (any(top > load(bases) + spread(slack))) {
                     float highest[lanes], shrink[lanes];
                     for (int lane = 0; lane < lanes; ++lane) highest[lane] = bases[lane];

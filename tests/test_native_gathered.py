@@ -70,6 +70,11 @@ def test_any_number_of_heads_shares_a_list(heads: int) -> None:
     check(make(fv.selected(listed(1, heads, 71, 3, of=10), block=16), heads=heads), torch.bfloat16)
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+def test_any_scale(scale: float) -> None:
+    check(make(fv.causal & fv.selected(listed(1, 2, 71, 9, of=149)), scale=scale), *DTYPES)
+
+
 RESTS = {
     "documents": lambda: fv.documents(torch.arange(149) // 40),
     "left padding": lambda: fv.padding(torch.arange(149) >= torch.tensor([[5], [80]])),

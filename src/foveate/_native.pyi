@@ -32,7 +32,7 @@ def linear(*call: object) -> None:
     """What `foveate.linear.native` makes of a call of its own; fills out, the last state, and those that are kept."""
 
 def linear_backward(*call: object) -> None:
-    """The same, d_out, the gradient of the last state, addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices."""
+    """The same, then d_out, d_last, the addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices; fills those."""
 
 def looked(*call: object) -> None:
     """Then how many keys to keep, indices, weights, (rest, entropy, received); fills them and lse."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from foveate.errors import FoveateError, InvalidInput
 
 if TYPE_CHECKING:
+    from foveate.bench.linear import LinearRow
     from foveate.bench.models import ModelRow
     from foveate.bench.results import Measured, Results
     from foveate.bench.rows import Row
 
-    _Row = TypeVar("_Row", Row, ModelRow)
+    _Row = TypeVar("_Row", Row, ModelRow, LinearRow)
 
 try:
     import typer
@@ -251,6 +252,28 @@ def bench_softmax(
         lambda row: measure(row, runs=runs, ceilings=tops, seconds=0.01 if quick else 0.5, left_out=left_out),
     )
     _deliver(Results(about(tops, quick=quick, runs=runs), measured), paths, json=json, old=old)
+
+
+@bench.command("linear")
+def bench_linear(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: _Only = None,
+    runs: _Runs = 3,
+    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
+) -> None:
+    """Linear attention beside that of transformers, plain PyTorch and softmax, each checked before it is timed."""
+    from foveate.bench.about import about
+    from foveate.bench.linear import table
+    from foveate.bench.linear_measuring import measure_linear
+    from foveate.bench.results import Results
+    from foveate.bench.tables import chosen
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(table(quick=quick), only)
+    measured = _in_turn(rows, lambda row: measure_linear(row, runs=runs, seconds=0.01 if quick else 1.0))
+    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
 
 
 @bench.command("models")

@@ -24,6 +24,14 @@ Names = Mapping[str, str | tuple[str, ...]]  # theirs → ours
 
 
 @dataclass(frozen=True)
+class Codec:
+    """A field that is another thing here than in config.json."""
+
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
 class Format:
     """How Hugging Face writes one kind of model (its `model_type`).
 
@@ -37,7 +45,10 @@ class Format:
     names: Names
     heads: Names = field(default_factory=dict)
     prefix: str = ""
-    fixed: Mapping[str, object] = field(default_factory=dict)  # in config.json: the only value that this file computes
+    fixed: Mapping[str, object] = field(default_factory=dict)  # in config.json: the only value (a tuple: values) it has
+    implied: Mapping[str, object] = field(default_factory=dict)  # of our Config: what no config.json of this kind says
+    codecs: Mapping[str, Codec] = field(default_factory=dict)  # of our Config: fields that are written otherwise
+    also: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # in config.json: said outright instead
     defaults: Mapping[str, object] = field(default_factory=dict)  # in config.json, where it says nothing
     transposed: tuple[str, ...] = ()  # their names of matrices that are [in, out]
     ignored: tuple[str, ...] = ()  # their names of tensors without meaning: old buffers, the heads of pretraining
@@ -125,16 +136,21 @@ def config_from(form: Format, kind: str, found: Mapping[str, Any]) -> Any:
     if "num_labels" in form.fields.values() and isinstance(said.get("id2label"), dict):
         said["num_labels"] = len(said["id2label"])
     for key, wanted in form.fixed.items():
-        if _at(said, key, wanted) != wanted:
-            raise InvalidInput(f"config.json says {key} is {_at(said, key)!r}: this {kind} computes {wanted!r} alone")
+        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+        if _at(said, key, allowed[0]) not in allowed:
+            raise InvalidInput(
+                f"config.json says {key} is {_at(said, key)!r}: this {kind} computes {allowed[0]!r} alone"
+            )
     hints = typing.get_type_hints(form.config)
-    values = {}
+    values = dict(form.implied)
     for name, key in form.fields.items():
         value = _at(said, key, dataclasses.MISSING)
         if value is dataclasses.MISSING:
             continue
         if isinstance(value, list):
             value = tuple(value)
+        if name in form.codecs:
+            value = form.codecs[name].read(value)
         if not _fits(value, hints[name]):
             raise InvalidInput(f"config.json says {key} is {value!r}: wanted {_spoken(hints[name])}")
         if hints[name] is int and int(value) < 0:
@@ -147,6 +163,9 @@ def config_from(form: Format, kind: str, found: Mapping[str, Any]) -> Any:
 
 def config_to(form: Format, config: Any) -> dict[str, Any]:
     """What config.json says of a Config, `architectures` and `dtype` aside."""
+    for name, value in form.implied.items():
+        if getattr(config, name) != value:
+            raise InvalidInput(f"{name} is {getattr(config, name)!r}: a {config.kind} has {value!r}")
     written: dict[str, Any] = {"model_type": config.kind, **config.other}
     for name, key in form.fields.items():
         at, *path = key.split(".")[::-1]
@@ -154,10 +173,11 @@ def config_to(form: Format, config: Any) -> dict[str, Any]:
         for part in reversed(path):
             inner[part] = dict(inner.get(part) or {})
             inner = inner[part]
-        inner[at] = getattr(config, name)
+        value = getattr(config, name)
+        inner[at] = form.codecs[name].write(value) if name in form.codecs else value
     if "id2label" in written:
         written.pop("num_labels", None)
-    return written
+    return {**written, **form.also(config)}
 
 
 def _at(found: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.bench import alignment
 from foveate.bench.contestants import Turn
-from foveate.bench.measuring import AGAIN, first_peer, medians, rounded, verdict
+from foveate.bench.measuring import repeated, rounded, verdict
 from foveate.bench.results import Figure, Measured
 from foveate.bench.rows import Claim, Row, Work
 from foveate.bench.truth import Truth, truth
@@ -92,14 +92,10 @@ def _figures(row: Row, runs: int, seconds: float) -> tuple[dict[str, Figure], fl
                 turns[name] = turn
         if not turns:
             return figures, None
-        aside = first_peer(turns)
-        turns[AGAIN] = turns[aside]
-        found = [medians(turns, seconds) for _ in range(runs)]
-    for name in turns.keys() - {AGAIN}:
-        each = [run[name] for run in found]
+        found, again = repeated(turns, runs, seconds, ("dense", "broadcast"))
+    for name, each in found.items():
         figures[name] = Figure("ms", [rounded(1e3 * run) for run in each], rounded(1e3 * statistics.median(each)))
-    again = max(max(run[aside] / run[AGAIN], run[AGAIN] / run[aside]) for run in found)
-    return {name: figures[name] for name in row.contestants}, rounded(again)
+    return {name: figures[name] for name in row.contestants}, again
 
 
 def _contestants(row: Row) -> dict[str, tuple[Turn, Truth]]:

@@ -1,7 +1,7 @@
 """Foveate's own CPU kernels for linear attention: chunks forward and backward, and single steps, in float32.
 
-No compiler is needed at run time. q, k, v, decay and beta are read where they are, by their strides; bfloat16 and float16
-are widened as they come. What `chunked` says about exponents holds here too. `native/linear*.hpp` hold the C++.
+No compiler is needed at run time. q, k, v, decay and beta are read where they are, by their strides; bfloat16 and
+float16 are widened as they come. What `chunked` says about exponents holds here too. `native/linear*.hpp` hold the C++.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def refuses(problem: LinearProblem) -> list[str]:
 
 
 def run(problem: LinearProblem) -> tuple[Tensor, Tensor]:
-    """(out `[B, Hq, Nq, Dv]`, the last state `[B, Hk, Dk, Dv]`): out in the caller's dtype, or before a division float32."""
+    """(out `[B, Hq, Nq, Dv]`, the last state `[B, Hk, Dk, Dv]`): out in the caller's dtype, or float32."""
     return _run(problem)
 
 
@@ -137,7 +137,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, state, and of decay and beta where there are any."""
     gates = [x for x in (decay, beta) if x is not None]
-    batch, heads, steps, dim = k.shape
+    batch, heads, steps, _ = k.shape
     width = v.shape[3]
     if not (k.numel() and v.numel()):
         d_state = torch.zeros(state.shape) if d_last is None else d_last.clone()
