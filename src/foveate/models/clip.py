@@ -5,8 +5,7 @@
     both      x = x + attention(norm(x));   x = x + mlp(norm(x))
     score     e^s · i·t / (|i| |t|)           how well each text describes each image
 
-Radford et al. 2021, "Learning transferable visual models from natural language supervision":
-https://arxiv.org/abs/2103.00020
+Radford et al. 2021: https://arxiv.org/abs/2103.00020
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.errors import InvalidInput, unknown_name
-from foveate.naming import Format, Names, prefixed
+from foveate.naming import Format, prefixed
 from foveate.nn import Block, FeedForward, PreNorm, SelfAttention
 from foveate.nn.block import Activation
 from foveate.pattern.algebra import Pattern
@@ -115,11 +114,6 @@ class Text(nn.Module):
         y: Tensor = self.norm(x)
         return y
 
-    def last(self, tokens: Ids) -> Int[Tensor, " texts"]:
-        """Where each text ends."""
-        end = tokens.amax(1, keepdim=True) if self.config.end == 2 else self.config.end
-        return (tokens == end).int().argmax(1)
-
 
 class Image(nn.Module):
     """The encoder of images: from pixels to what the class and each patch have become."""
@@ -136,15 +130,7 @@ class Image(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.epsilon)  # for the class alone
 
     def forward(self, pixels: Pixels, pattern: Pattern | None = None) -> Float[Tensor, "images tokens dim"]:
-        """What each token has become: the class, then the patches row by row.
-
-        Args:
-            pixels: of any size that is a multiple of the patch; the positions are stretched over it.
-            pattern: who sees whom; None = everyone sees everyone.
-
-        Raises:
-            InvalidInput: another number of channels, sides that are no multiple of the patch.
-        """
+        """The class, then the patches row by row; positions are stretched over images of another size."""
         size, (batch, channels, height, width) = self.config.patch, pixels.shape
         if channels != self.config.channels or height % size or width % size:
             wanted = f"{self.config.channels} channels, and sides that are multiples of {size}"
@@ -154,7 +140,8 @@ class Image(nn.Module):
         x = self.first_norm(x + self.positions(height // size, width // size))
         for layer in self.blocks:
             x = layer(x, pattern)
-        return x
+        y: Tensor = x
+        return y
 
     def positions(self, rows: int, columns: int) -> Float[Tensor, "tokens dim"]:
         """The learned positions; for an image of another size, those of the patches stretched over it."""
@@ -202,37 +189,35 @@ class Model(nn.Module):
 
     def embed_texts(self, tokens: Ids, pattern: Pattern | None = None) -> Float[Tensor, "texts shared"]:
         """One vector of length 1 for every text, from the token that it ends with."""
-        x = self.text(tokens, pattern)
-        last = x[torch.arange(len(tokens), device=x.device), self.text.last(tokens)]
-        return F.normalize(self.from_text(last), dim=-1)
+        end = tokens.amax(1, keepdim=True) if self.config.end == 2 else self.config.end
+        last, rows = (tokens == end).int().argmax(1), torch.arange(len(tokens), device=tokens.device)
+        return F.normalize(self.from_text(self.text(tokens, pattern)[rows, last]), dim=-1)
 
     def embed_images(self, pixels: Pixels) -> Float[Tensor, "images shared"]:
         """One vector of length 1 for every image, from its class token."""
         return F.normalize(self.from_image(self.image.norm(self.image(pixels)[:, 0])), dim=-1)
 
 
-BLOCKS: Names = {
-    "encoder.layers.*.layer_norm1.*": "blocks.*.attention.norm.*",
-    "encoder.layers.*.self_attn.q_proj.*": "blocks.*.attention.part.query.*",
-    "encoder.layers.*.self_attn.k_proj.*": "blocks.*.attention.part.key.*",
-    "encoder.layers.*.self_attn.v_proj.*": "blocks.*.attention.part.value.*",
-    "encoder.layers.*.self_attn.out_proj.*": "blocks.*.attention.part.out.*",
-    "encoder.layers.*.layer_norm2.*": "blocks.*.feed_forward.norm.*",
-    "encoder.layers.*.mlp.fc1.*": "blocks.*.feed_forward.part.up.*",
-    "encoder.layers.*.mlp.fc2.*": "blocks.*.feed_forward.part.down.*",
+LAYER, OURS = "encoder.layers.*", "blocks.*"
+BLOCKS = {
+    f"{LAYER}.layer_norm1.*": f"{OURS}.attention.norm.*",
+    f"{LAYER}.layer_norm2.*": f"{OURS}.feed_forward.norm.*",
+    f"{LAYER}.mlp.fc1.*": f"{OURS}.feed_forward.part.up.*",
+    f"{LAYER}.mlp.fc2.*": f"{OURS}.feed_forward.part.down.*",
+} | {
+    f"{LAYER}.self_attn.{theirs}.*": f"{OURS}.attention.part.{ours}.*"
+    for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items()
 }
-TEXT: Names = BLOCKS | {
+TEXT = BLOCKS | {
     "embeddings.token_embedding.weight": "word.weight",
     "embeddings.position_embedding.weight": "position.weight",
     "final_layer_norm.*": "norm.*",
 }
-IMAGE: Names = BLOCKS | {
-    "embeddings.class_embedding": "class_token",
-    "embeddings.patch_embedding.weight": "patch.weight",
-    "embeddings.position_embedding.weight": "position.weight",
-    "pre_layrnorm.*": "first_norm.*",
+IMAGE = BLOCKS | {
+    "embeddings.class_embedding": "class_token", "embeddings.patch_embedding.weight": "patch.weight",
+    "embeddings.position_embedding.weight": "position.weight", "pre_layrnorm.*": "first_norm.*",
     "post_layernorm.*": "norm.*",
-}
+}  # fmt: skip
 
 TEXT_FIELDS = {
     "vocabulary": "vocab_size", "positions": "max_position_embeddings", "text_dim": "hidden_size",
@@ -249,17 +234,15 @@ FORMATS = {
     "clip": Format(
         config=Config,
         architectures={"CLIPModel": Model},
-        fields={name: f"text_config.{key}" for name, key in TEXT_FIELDS.items()}
-        | {name: f"vision_config.{key}" for name, key in IMAGE_FIELDS.items()}
-        | {"shared_dim": "projection_dim"},
+        fields={"shared_dim": "projection_dim"}
+        | {name: f"text_config.{key}" for name, key in TEXT_FIELDS.items()}
+        | {name: f"vision_config.{key}" for name, key in IMAGE_FIELDS.items()},
         fixed={"text_config.attention_dropout": 0.0, "vision_config.attention_dropout": 0.0},
         names={
-            **prefixed("text_model.", "text.", TEXT),
-            **prefixed("vision_model.", "image.", IMAGE),
-            "text_projection.weight": "from_text.weight",
-            "visual_projection.weight": "from_image.weight",
+            **prefixed("text_model.", "text.", TEXT), **prefixed("vision_model.", "image.", IMAGE),
+            "text_projection.weight": "from_text.weight", "visual_projection.weight": "from_image.weight",
             "logit_scale": "scale",
         },
         ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
     )
-}
+}  # fmt: skip

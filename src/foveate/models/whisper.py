@@ -139,9 +139,8 @@ class Model(nn.Module):
         """
         most = 2 * self.config.sound_positions
         if sound.shape[1] != self.config.mels or not 0 < sound.shape[2] <= most:
-            raise InvalidInput(
-                f"sound is {describe(sound)}: wanted [batch, {self.config.mels} mels, up to {most} frames]"
-            )
+            wanted = f"[batch, {self.config.mels} mels, up to {most} frames]"
+            raise InvalidInput(f"sound is {describe(sound)}: wanted {wanted}")
         x = F.gelu(self.second(F.gelu(self.first(sound)))).mT
         y: Tensor = self.encoder(self.dropout(x + self.sound_position[: x.shape[1]]))
         return y
