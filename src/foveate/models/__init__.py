@@ -7,6 +7,7 @@ from foveate.naming import Format
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
     "bert": "bert",
+    "clip": "clip",
     "deit": "vit",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
@@ -20,6 +21,7 @@ FAMILIES = {
     "qwen3": "qwen",
     "roberta": "roberta",
     "vit": "vit",
+    "whisper": "whisper",
     "xlm-roberta": "roberta",
 }
 
