@@ -6,6 +6,7 @@ from foveate.naming import Format
 
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
+    "bart": "bart",
     "bert": "bert",
     "deit": "vit",
     "dinov2": "dinov2",
@@ -15,10 +16,12 @@ FAMILIES = {
     "gemma3_text": "gemma",
     "gpt2": "gpt2",
     "llama": "llama",
+    "marian": "marian",
     "mistral": "llama",
     "qwen2": "qwen",
     "qwen3": "qwen",
     "roberta": "roberta",
+    "t5": "t5",
     "vit": "vit",
     "xlm-roberta": "roberta",
 }
