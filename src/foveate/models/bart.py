@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,6 @@ from foveate.errors import InvalidInput, unknown_name
 from foveate.generation import greedy
 from foveate.naming import Format, Names
 from foveate.nn import Block, CrossAttention, FeedForward, Learned, PostNorm, SelfAttention, Sinusoidal
-from foveate.nn.block import Activation
 from foveate.nn.transformer import Decoder, Encoder
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal, padding
@@ -34,7 +33,7 @@ Source = Int[Tensor, "batch keys"]
 Target = Int[Tensor, "batch length"]
 Read = Float[Tensor, "batch keys dim"]
 Written = Float[Tensor, "batch length dim"]
-ACTIVATIONS: dict[str, Activation] = {"gelu": functional.gelu, "relu": functional.relu, "swish": functional.silu}
+ACTIVATIONS: dict[str, Any] = {"gelu": functional.gelu, "relu": functional.relu, "swish": functional.silu}
 BEFORE = 2  # rows of the table of positions that stand before the first one
 
 
@@ -111,8 +110,7 @@ class Embedding(nn.Module):
             raise InvalidInput(f"the text has {end} tokens but the model {config.positions} positions: cut it")
         positions = torch.arange(start, end, device=tokens.device) + (BEFORE if config.learned else 0)
         x = self.word(tokens) * config.dim**0.5 if config.scaled else self.word(tokens)
-        y: Tensor = self.dropout(self.norm(self.position(x, positions)))
-        return y
+        return cast(Tensor, self.dropout(self.norm(self.position(x, positions))))
 
 
 class Model(nn.Module):
@@ -128,8 +126,7 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, word = config, nn.Embedding(config.vocabulary, config.dim)
-        own = config.target_vocabulary
-        self.source = Embedding(config, word)
+        self.source, own = Embedding(config, word), config.target_vocabulary
         self.target = Embedding(config, word if own is None else nn.Embedding(own, config.dim))
         self.encoder = Encoder(block(config, decodes=False) for _ in range(config.layers))
         self.decoder = Decoder(block(config, decodes=True) for _ in range(config.decoder_layers))
@@ -138,8 +135,7 @@ class Model(nn.Module):
 
     def encode(self, source: Source, pattern: Seen = None) -> Read:
         """The context: what each token of the source has become."""
-        x: Tensor = self.encoder(self.source(source), pattern)
-        return x
+        return cast(Tensor, self.encoder(self.source(source), pattern))
 
     def decode(
         self, target: Target, context: Read, pattern: Seen = None, context_pattern: Seen = None,
@@ -148,8 +144,7 @@ class Model(nn.Module):
         """What each token of the target has become; `pattern` narrows who sees whom in it beyond causal."""
         x = self.target(target, 0 if cache is None else cache.length)
         seen = causal if pattern is None else causal & pattern
-        y: Tensor = self.decoder(x, context, seen, context_pattern, cache=cache)
-        return y
+        return cast(Tensor, self.decoder(x, context, seen, context_pattern, cache=cache))
 
     def forward(self, source: Source, target: Target, pattern: Seen = None, target_pattern: Seen = None) -> Written:
         """What each token of the target has become; `pattern` says who is seen in the source: `fv.padding(keep)`."""
@@ -174,8 +169,7 @@ class LanguageModel(nn.Module):
 
     def scores(self, x: Written) -> Float[Tensor, "batch length vocabulary"]:
         """The scores of what comes next."""
-        y: Tensor = self.head(x) + self.bias
-        return y
+        return cast(Tensor, self.head(x) + self.bias)
 
     @torch.no_grad()
     def generate(
@@ -208,8 +202,7 @@ class SequenceClassifier(nn.Module):
         target = torch.cat([torch.full_like(source[:, :1], self.config.start), source[:, :-1]], 1)
         x = self.body(source, target, pattern)
         last = ((source == self.config.end) * torch.arange(source.shape[1], device=source.device)).argmax(1)
-        y: Tensor = self.score(torch.tanh(self.dense(x[torch.arange(len(x)), last])))
-        return y
+        return cast(Tensor, self.score(torch.tanh(self.dense(x[torch.arange(len(x)), last]))))
 
 
 def names(config: Config) -> Names:
@@ -245,13 +238,11 @@ COMMON: dict[str, Any] = {
     "ignored": ("encoder.embed_tokens.weight", "*.embed_positions.weight", "encoder.version", "decoder.version"),
 }  # fmt: skip
 
-HEADS = {
-    "BartForConditionalGeneration": LanguageModel, "BartModel": Model,
-    "BartForSequenceClassification": SequenceClassifier,
-}  # fmt: skip
 FORMATS = {
     "bart": Format(
-        architectures=HEADS, fields=FIELDS | {"labels": "num_labels"}, generation=("start", "end", "pad", "first", "last"),
-        implied={"learned": True, "target_vocabulary": None, "never": ()}, **COMMON,
+        architectures={"BartForConditionalGeneration": LanguageModel, "BartModel": Model,
+                       "BartForSequenceClassification": SequenceClassifier},
+        fields=FIELDS | {"labels": "num_labels"}, implied={"learned": True, "target_vocabulary": None, "never": ()},
+        generation=("start", "end", "pad", "first", "last"), **COMMON,
     )
 }  # fmt: skip
