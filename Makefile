@@ -64,6 +64,7 @@ endef
 
 bench: $(VENV)/.dev ## measure beside PyTorch, into benchmarks/results/ (a quarter of an hour; close what else runs)
 	@$(BIN)/foveate bench softmax $(foreach kind,json csv svg,--out benchmarks/results/softmax.$(kind)) $(ARGS)
+	@$(BIN)/foveate bench linear $(foreach kind,json csv svg,--out benchmarks/results/linear.$(kind)) $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet

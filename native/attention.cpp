@@ -43,15 +43,22 @@ namespace {
 bool is(const Kernel& kernel, const char* name) { return !std::strcmp(kernel.name, name); }
 
 #if defined(__x86_64__)
+// Asked once: in a virtual machine the instruction takes some microseconds.
 bool converts_float16() {  // F16C, a word that not every compiler knows
-    unsigned a, b, c = 0, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    static const bool has = [] {
+        unsigned a, b, c = 0, d;
+        return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    }();
+    return has;
 }
 
 bool has_matrix_unit() {
-    unsigned a, b, c, d = 0;
-    const unsigned bf16 = 1u << 22, tiles = 1u << 24;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles);
+    static const bool has = [] {
+        unsigned a, b, c, d = 0;
+        const unsigned bf16 = 1u << 22, tiles = 1u << 24;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles);
+    }();
+    return has;
 }
 
 // The state of the matrix unit is large, so Linux has to be asked for it, once for all threads of a process.

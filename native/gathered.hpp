@@ -20,12 +20,14 @@ static inline int64_t shared_rows(const Call& call) {
 }
 static inline int64_t gathered_units(const Call& call) { return call.heads / shared_rows(call); }
 
-// Queries of a tile: so many that their rows and sums fill a quarter of the second cache.
+static inline int64_t entries_of(const Call& call) { return (call.keys + call.chosen.block - 1) / call.chosen.block; }
+
+// Queries of a tile: so many that their rows and sums fill a quarter of the second cache, and long lists a few megabytes.
 static int64_t gathered_height(const Call& call) {
     const int64_t floats = shared_rows(call) * (padded(call.dim) + padded(call.value_dim) + 2);
-    return most(1, least(gathered_queries, 131072 / most(1, floats)));
+    const int64_t listed = most(1, least(call.chosen.count, entries_of(call)));
+    return most(1, least(gathered_queries, least(131072 / most(1, floats), (1 << 20) / listed)));
 }
-static inline int64_t entries_of(const Call& call) { return (call.keys + call.chosen.block - 1) / call.chosen.block; }
 
 // Entries of a stretch: keys and values of another quarter. Where few are chosen it is longer, or a visit would find none.
 static int64_t stretch_of(const Call& call, bool bounded) {
@@ -112,7 +114,7 @@ static int64_t next_stretch(const Wish* wishes, int64_t count, int64_t entries) 
 }
 
 // Up to 64 keys of one query, with pointers to whole vectors of their keys and values.
-struct Handful {
+struct Picked {
     int64_t count;
     int64_t key[tile];
     const float *k[tile], *v[tile];
@@ -156,13 +158,13 @@ struct Source {
 };
 
 // The next keys of a query before entry `end`; `inside`: keys of its current block that are done.
-static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Handful& chunk) {
+static bool pick_keys(const Call& call, Wish& wish, int64_t& inside, int64_t end, Picked& picked) {
     int64_t n = 0;
     while (n < tile && wish.at < wish.end && wish.list[wish.at] < end) {
         const int64_t block = wish.list[wish.at] * call.chosen.block;
         const int64_t first = most(block, wish.from) + inside, last = least(block + call.chosen.block, wish.to);
         const int64_t some = least(last - first, tile - n);
-        for (int64_t key = 0; key < some; ++key) chunk.key[n + key] = first + key;
+        for (int64_t key = 0; key < some; ++key) picked.key[n + key] = first + key;
         n += some;
         if (first + some < last) {
             inside += some;
@@ -170,11 +172,18 @@ static bool take(const Call& call, Wish& wish, int64_t& inside, int64_t end, con
             ++wish.at, inside = 0;
         }
     }
-    keys.rows(chunk.key, n, chunk.k), values.rows(chunk.key, n, chunk.v);
-    // The last few keys are worked on as many at a time as all others are.
-    for (int64_t at = n; at < (n + lanes - 1) / lanes * lanes; ++at) chunk.k[at] = chunk.k[n - 1], chunk.v[at] = chunk.v[n - 1];
-    chunk.count = n;
+    picked.count = n;
     return n;
+}
+
+// The same, with whole vectors of their keys and values.
+static bool pick_next(const Call& call, Wish& wish, int64_t& inside, int64_t end, const Source& keys, const Source& values, Picked& picked) {
+    if (!pick_keys(call, wish, inside, end, picked)) return false;
+    const int64_t n = picked.count;
+    keys.rows(picked.key, n, picked.k), values.rows(picked.key, n, picked.v);
+    // The last few keys are worked on as many at a time as all others are.
+    for (int64_t at = n; at < (n + lanes - 1) / lanes * lanes; ++at) picked.k[at] = picked.k[n - 1], picked.v[at] = picked.v[n - 1];
+    return true;
 }
 
 // out[row][key] for some rows and `lanes / rows` keys, whole vectors of each.
@@ -290,12 +299,12 @@ static void gathered_scatter(const float* weights, int64_t rows, const float* a,
 }
 
 // Raw scores of one row become binary logarithms of weights; `slopes`: what the cap lets through of a gradient.
-static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Handful& chunk, float binary,
+static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Picked& picked, float binary,
                           float* scores, float* slopes) {
     const bool adjusted = adjusts(call);
     const float* distances = call.distances;
     if (distances) distances += batch * call.distance_batch + head * call.distance_head + call.keys - 1 + query;
-    for (int64_t n = 0; n < chunk.count; n += lanes) {
+    for (int64_t n = 0; n < picked.count; n += lanes) {
         Floats score = load(scores + n);
         if (adjusted) score *= spread(call.scale);
         if (call.softcap != 0) {
@@ -304,10 +313,10 @@ static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t
             if (slopes) store(slopes + n, spread(1.0f) - bent * bent);
         }
         if (distances)
-            for (int64_t key = n; key < least(n + lanes, chunk.count); ++key) score[key - n] += distances[-chunk.key[key]];
+            for (int64_t key = n; key < least(n + lanes, picked.count); ++key) score[key - n] += distances[-picked.key[key]];
         store(scores + n, score * spread(binary));
     }
-    for (int64_t key = chunk.count; key < (chunk.count + lanes - 1) / lanes * lanes; ++key) scores[key] = -INFINITY;
+    for (int64_t key = picked.count; key < (picked.count + lanes - 1) / lanes * lanes; ++key) scores[key] = -INFINITY;
 }
 
 // The rows of a tile as whole vectors, query by query, the heads of each side by side.
@@ -381,19 +390,19 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
         store(total + n * lanes, Floats{});
         total[n * lanes] = base[n] == -INFINITY ? 0.0f : 1.0f;
     }
-    Handful chunk;
+    Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
         for (int64_t t = 0; t < band.count; ++t) {
             int64_t inside = 0;
             piece.ask(band, at + 1, stretch, t);
-            while (take(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, chunk)) {
-                gathered_dots(q + t * rows * wide, rows, wide, chunk.k, chunk.count, piece.scores);
+            while (pick_next(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, picked)) {
+                gathered_dots(q + t * rows * wide, rows, wide, picked.k, picked.count, piece.scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     float *score = piece.scores + row * tile, *sums = out + (t * rows + row) * value_wide;
-                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, chunk, binary, score, nullptr);
+                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, picked, binary, score, nullptr);
                     float &mine = base[t * rows + row], *totals = total + (t * rows + row) * lanes;
                     Floats top = spread(-INFINITY), sum{};
-                    for (int64_t n = 0; n < chunk.count; n += lanes) top = larger(load(score + n), top);
+                    for (int64_t n = 0; n < picked.count; n += lanes) top = larger(load(score + n), top);
                     if (any(top > spread(mine + slack))) {
                         float highest = -INFINITY;
                         for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
@@ -403,14 +412,14 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
                         mine = highest;
                     }
                     const Floats ground = spread(mine == -INFINITY ? 0.0f : mine);
-                    for (int64_t n = 0; n < chunk.count; n += lanes) {
+                    for (int64_t n = 0; n < picked.count; n += lanes) {
                         const Floats weight = power_of_two(load(score + n) - ground);
                         store(score + n, weight);
                         sum += weight;
                     }
                     store(totals, load(totals) + sum);
                 }
-                gathered_mix(piece.scores, rows, chunk.v, chunk.count, value_wide, out + t * rows * value_wide);
+                gathered_mix(piece.scores, rows, picked.v, picked.count, value_wide, out + t * rows * value_wide);
             }
         }
     for (int64_t n = 0; n < band.count * rows; ++n) {
@@ -421,6 +430,14 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
         leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[n], whole);
         leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
     }
+}
+
+// A dot product in the very order of `dots_at`: where one key has all the weight, δ is its product with dO to the bit.
+static float same_dot(const Rows& a, const Rows& b, int64_t n, int64_t dim) {
+    Floats sums[lanes]{};
+    for (int64_t d = 0; d < dim; d += lanes)
+        sums[0] += load_some(a.data + n * a.stride + d, dim - d) * load_some(b.data + n * b.stride + d, dim - d);
+    return sums_of(sums)[0];
 }
 
 // The gradients of a tile of queries. It keeps those of its queries to the end; those of the keys of a stretch it collects
@@ -456,23 +473,23 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t t = 0; t < band.count; t += tile) {
             const int64_t head = band.head * rows + row, first = band.first + t, count = least(tile, band.count - t);
-            const int64_t to = row * padding + t;
-            rows_ready(g, (band.batch * call.heads + head) * call.queries + first, count,
-                       rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a),
-                       rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b),
-                       {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+            const int64_t to = row * padding + t, of = (band.batch * call.heads + head) * call.queries + first;
+            const Rows d_rows = rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a);
+            const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
+            rows_ready(g, of, count, d_rows, out_rows, {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+            for (int64_t n = 0; n < count; ++n) delta[to + n] = same_dot(d_rows, out_rows, n, call.value_dim) - (g.d_lse ? g.d_lse[of + n] : 0);
         }
     std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
     int64_t done = 0;
-    Handful chunk;
+    Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
         const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
         for (int64_t t = 0; t < band.count; ++t) {
             int64_t inside = 0;
-            while (take(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, chunk)) {
+            while (pick_next(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, picked)) {
                 float *dk_at[tile], *dv_at[tile];
-                for (int64_t n = 0; n < chunk.count; ++n) {
-                    const int64_t place = chunk.key[n] - first_key;
+                for (int64_t n = 0; n < picked.count; ++n) {
+                    const int64_t place = picked.key[n] - first_key;
                     dk_at[n] = dk + place * wide, dv_at[n] = dv + place * value_wide;
                     if (touched[place]) continue;
                     touched[place] = 1;
@@ -480,13 +497,13 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
                     memset(dv_at[n], 0, sizeof(float) * static_cast<size_t>(value_wide));
                 }
                 const float *mine = q + t * rows * wide, *d_mine = d_out + t * rows * value_wide;
-                gathered_dots(mine, rows, wide, chunk.k, chunk.count, piece.scores);
-                gathered_dots(d_mine, rows, value_wide, chunk.v, chunk.count, piece.d_scores);
+                gathered_dots(mine, rows, wide, picked.k, picked.count, piece.scores);
+                gathered_dots(d_mine, rows, value_wide, picked.v, picked.count, piece.d_scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     float *score = piece.scores + row * tile, *d_score = piece.d_scores + row * tile, *slopes = piece.slopes;
-                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, chunk, binary, score, slopes);
+                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, picked, binary, score, slopes);
                     const int64_t one = row * padding + t;
-                    for (int64_t n = 0; n < chunk.count; n += lanes) {
+                    for (int64_t n = 0; n < picked.count; n += lanes) {
                         const Floats weight = power_of_two(load(score + n) - spread(lse[one]) - spread(lse_rest[one]));
                         Floats change = weight * (load(d_score + n) - spread(delta[one]));
                         if (call.softcap != 0) change *= load(slopes + n);
@@ -494,9 +511,9 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
                         store(d_score + n, change);
                     }
                 }
-                gathered_mix(piece.d_scores, rows, chunk.k, chunk.count, wide, dq + t * rows * wide);
-                gathered_scatter(piece.d_scores, rows, mine, dk_at, chunk.count, wide);
-                gathered_scatter(piece.scores, rows, d_mine, dv_at, chunk.count, value_wide);
+                gathered_mix(piece.d_scores, rows, picked.k, picked.count, wide, dq + t * rows * wide);
+                gathered_scatter(piece.d_scores, rows, mine, dk_at, picked.count, wide);
+                gathered_scatter(piece.scores, rows, d_mine, dv_at, picked.count, value_wide);
             }
         }
         passed[turn].store(at, std::memory_order_release);

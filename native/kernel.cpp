@@ -53,6 +53,7 @@ namespace UNIT {
 #include "score_gradients.hpp"
 #include "decode.hpp"
 #include "gathered.hpp"
+#include "gathered_pairs.hpp"
 #include "looked.hpp"
 #include "linear_chunk.hpp"
 #include "linear_forward.hpp"
@@ -70,6 +71,18 @@ static void any_forward(const Call& call, const Band& band, char* scratch) {
     if (call.dtype == Dtype::bfloat16) return forward_pairs(call, band, scratch);
 #endif
     forward(call, band, scratch);
+}
+static int64_t any_gathered_bytes(const Call& call) {
+#if defined(FOVEATE_AMX)
+    if (call.dtype == Dtype::bfloat16 && shared_rows(call) <= most_gathered_pairs) return gathered_pair_bytes(call);
+#endif
+    return gathered_bytes(call);
+}
+static void any_gathered(const Call& call, const Band& band, char* scratch) {
+#if defined(FOVEATE_AMX)
+    if (call.dtype == Dtype::bfloat16 && shared_rows(call) <= most_gathered_pairs) return gathered_pairs(call, band, scratch);
+#endif
+    gathered(call, band, scratch);
 }
 static int64_t any_backward_bytes(const Call& call, int64_t tile_rows) {
 #if defined(FOVEATE_PAIRS)
@@ -92,7 +105,7 @@ const Kernel NAMED(kernel_, UNIT) = {
     UNIT::any_backward_bytes, UNIT::any_backward,
     UNIT::score_gradient_bytes, UNIT::bias_gradient, UNIT::distance_gradient,
     UNIT::decode_bytes, UNIT::part_floats, UNIT::decode, UNIT::merge,
-    UNIT::gathered_bytes, UNIT::gathered_height, UNIT::gathered_units, UNIT::gathered,
+    UNIT::any_gathered_bytes, UNIT::gathered_height, UNIT::gathered_units, UNIT::any_gathered,
     UNIT::gathered_backward_bytes, UNIT::gathered_backward,
     UNIT::looked_bytes, UNIT::rows_looked, UNIT::keys_received,
     UNIT::linear_bytes, UNIT::linear, UNIT::linear_backward_bytes, UNIT::linear_backward,

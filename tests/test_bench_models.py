@@ -11,10 +11,17 @@ import torch
 
 from foveate import cli
 from foveate.bench import modelling, models
+from foveate.bench.memory import megabytes_of_model
 from foveate.bench.modelling import _complaint, measure_model
+from foveate.errors import Unsupported
 
 ROWS = {row.name: row for row in models.table(quick=True)}
-ONE_OF_EACH = list({row.work: row.name for row in ROWS.values()}.values())
+# What is about memory starts a process for each contestant.
+ONE_OF_EACH = [
+    pytest.param(row.name, marks=pytest.mark.slow if row.weighs_memory else ())
+    for row in {row.work: row for row in ROWS.values()}.values()
+]
+PACKED = next(row.name for row in ROWS.values() if "packed" in row.contestants)
 
 
 def test_the_quick_table_is_the_whole_one_made_small() -> None:
@@ -36,30 +43,39 @@ def test_the_models_are_as_large_as_their_names_say(name: str, millions: int) ->
     assert round(sum(x.numel() for x in set(model.parameters())) / 1e6) == millions
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, PACKED])
 def test_every_contestant_of_a_row_is_right(name: str) -> None:
     found = measure_model(ROWS[name], runs=2, seconds=0.001)
     assert {name: figure.refused for name, figure in found.figures.items()} == dict.fromkeys(ROWS[name].contestants)
-    assert all(len(figure.runs) == 2 for figure in found.figures.values())
-    assert [len(claim.runs) for claim in found.claims] == [2] * len(found.claims)
-    assert found.again is not None
+    named = {name for claim in found.claims for name in (claim.contestant, claim.against)}
+    runs = 1 if ROWS[name].weighs_memory else 2
+    assert {name: len(figure.runs) for name, figure in found.figures.items()} == {
+        name: runs if name in named else 1 for name in found.figures
+    }
+    assert [len(claim.runs) for claim in found.claims] == [runs] * len(found.claims)
+    assert (found.again is None) == ROWS[name].weighs_memory
 
 
-@pytest.mark.parametrize("bad", ["foveate", "sdpa"])
+@pytest.mark.slow
+def test_the_weights_of_all_layers_take_more_memory_than_those_of_one() -> None:
+    row = ROWS["BERT-base fp32, 128 tokens, memory for one layer's weights"]
+    assert megabytes_of_model(row.name, "foveate") < 50  # they are 0.8 MB, of 12 heads
+    with pytest.raises(Unsupported, match="nobody: its process failed: "):
+        megabytes_of_model(row.name, "nobody")
+
+
+@pytest.mark.parametrize("bad", ["foveate", "packed", "eager"])
 def test_a_wrong_result_has_no_figure(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = modelling._turn
-    truths: list[int] = []
 
     def damaged(row: models.ModelRow, model: torch.nn.Module, name: str) -> modelling.Turn:
-        truths.append(1)
         work = turn(row, model, name)
-        wrong = name == bad and len(truths) > 1  # the first is what the others are compared with
-        return lambda: tuple(x * 1.01 for x in work()) if wrong else work()
+        return lambda: tuple(x * 1.01 for x in work()) if name == bad else work()
 
     monkeypatch.setattr(modelling, "_turn", damaged)
-    found = measure_model(next(row for row in ROWS.values() if row.work == "prefill"), runs=1, seconds=0.001)
+    found = measure_model(next(row for row in ROWS.values() if bad in row.contestants), runs=1, seconds=0.001)
     assert "wrong: result 0 is off by" in str(found.figures[bad].refused)
-    assert found.figures[bad].wrong == (bad == "foveate")
+    assert found.figures[bad].wrong == (bad != "eager")
     assert not found.figures["accelerate"].refused
 
 

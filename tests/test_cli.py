@@ -41,6 +41,20 @@ def test_help_answers_in_under_half_a_second() -> None:
     assert min(times) < 0.5
 
 
+def test_mechanisms_prints_those_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = _main(capsys, monkeypatch, "mechanisms", "gated delta")
+    assert code == 0
+    assert "fv.gated_delta(q, unit, v, decay, beta)" in out
+    assert "2412.06464" in out
+    assert "Nystr" not in out
+    assert "Nystr" in _main(capsys, monkeypatch, "mechanisms")[1]
+    code, out, err = _main(capsys, monkeypatch, "mechanisms", "telepathy")
+    assert (code, out) == (2, "")
+    assert "no mechanism has 'telepathy' in its row" in err
+
+
 def test_see_writes_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import io
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def test_every_make_target_and_extra_exists() -> None:
 
 @functools.cache
 def generator() -> ModuleType:
+    sys.path.insert(0, str(DOCS))  # as for a script that is run
     found = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert found is not None
     assert found.loader is not None

@@ -14,13 +14,15 @@ from calls import near, random
 from torch import Tensor
 
 import foveate as fv
-from foveate.linear import chunked, recurrence
+from foveate.linear import chunked, native, recurrence
 from foveate.linear_problem import LinearProblem, linear_problem
 
 BATCH, KEY_HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 2, 5, 7
 HEADS = KEY_HEADS * GROUP
 GATES = ("none", "by head", "by step", "by channel")
 BACKENDS = ("recurrence", "chunked")
+NARROW = (*BACKENDS, "native")  # what computes in float32 and narrower; the rest of native's laws: test_native_linear
+Run = Callable[[LinearProblem], tuple[Tensor, Tensor]]
 
 
 def call(
@@ -327,7 +329,7 @@ def test_what_is_broken_reaches_no_earlier_row_and_no_other_document(gate: str, 
     near(found, true, times=1024)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NARROW)
 @pytest.mark.parametrize("gate", ["by step", "by channel"])
 @pytest.mark.parametrize("strong", [-50.0, -3000.0, -torch.inf])
 def test_strong_decays_stay_exact_in_float32(gate: str, backend: str, strong: float) -> None:
@@ -362,12 +364,13 @@ def plain_torch(problem: LinearProblem) -> tuple[Tensor, Tensor]:
     return torch.stack(rows, 2), state[:, ::group]
 
 
-def assert_linear_within_budget(backend: str, problem: LinearProblem, dtype: torch.dtype) -> None:
+def assert_linear_within_budget(backend: str | Run, problem: LinearProblem, dtype: torch.dtype) -> None:
     """error ≤ 2 × (error of plain torch in `dtype`) + 2·eps·max(1, |truth|max), gradients 3 ×, against float64."""
-    names = [field.name for field in fields(problem) if isinstance(getattr(problem, field.name), Tensor)]
+    tensors = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    names = [name for name, x in tensors.items() if isinstance(x, Tensor) and x.is_floating_point()]
     wide = torch.promote_types(dtype, torch.float32)
 
-    def results(run: Callable[[LinearProblem], tuple[Tensor, Tensor]], to: torch.dtype, draw: int = 0) -> list[Tensor]:
+    def results(run: Run, to: torch.dtype, draw: int = 0) -> list[Tensor]:
         cast = {}
         for name in names:
             narrow = name in "qkv"
@@ -383,8 +386,9 @@ def assert_linear_within_budget(backend: str, problem: LinearProblem, dtype: tor
         )
         return [out.detach(), state.detach(), *torch.autograd.grad(total, list(cast.values()))]
 
-    module = {"recurrence": recurrence, "chunked": chunked}[backend]
-    truth, found = results(recurrence.run, torch.float64), results(module.run, dtype)
+    named: dict[str, Run] = {"recurrence": recurrence.run, "chunked": chunked.run, "native": native.run}
+    run = named[backend] if isinstance(backend, str) else backend
+    truth, found = results(recurrence.run, torch.float64), results(run, dtype)
     losses = [0.0] * len(truth)
     for draw in range(8):  # one draw is a noisy measure of what plain torch loses
         true, plain = results(recurrence.run, torch.float64, draw), results(plain_torch, dtype, draw)
@@ -404,7 +408,7 @@ def furthest(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true).abs().max())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NARROW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("delta_rule", [False, True], ids=["plain", "delta"])
@@ -433,7 +437,7 @@ def test_first_and_second_derivatives_by_finite_differences(gate: str, backend: 
     assert torch.autograd.gradgradcheck(function, tuple(small.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NARROW)
 @pytest.mark.parametrize("empty", ["batch", "heads", "steps", "dim", "value dim"])
 @pytest.mark.parametrize("delta_rule", [False, True], ids=["plain", "delta"])
 def test_nothing_is_a_size_too(empty: str, delta_rule: bool, backend: str) -> None:

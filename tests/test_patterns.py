@@ -30,8 +30,9 @@ from foveate.pattern.catalogue import parse
 BACKENDS = ("reference", "chunked")
 WITHOUT_TENSORS = [
     fv.causal, fv.window(1), fv.window(5), fv.window(3, step=2), fv.window(left=4, right=None), fv.window(right=2),
-    fv.window(left=6, right=6, step=4), fv.chunks(7), fv.prefix(3), fv.pooled(5), fv.pooled(6, 2), fv.global_tokens([0, -1]),
-    fv.random_blocks(2, 5, 3), fv.blockwise(fv.causal & ~fv.window(2), 4), fv.streaming(2, 5), fv.longformer(8),
+    fv.window(left=6, right=6, step=4), fv.chunks(7), fv.prefix(3), fv.pooled(5), fv.pooled(6, 2),
+    fv.global_tokens([0, -1]), fv.random_blocks(2, 5, 3), fv.blockwise(fv.causal & ~fv.window(2), 4),
+    fv.streaming(2, 5), fv.longformer(8),
     fv.bigbird(4), ~(fv.causal | fv.prefix(2)), ~fv.causal & (fv.window(3) | fv.prefix(1)),
     fv.causal & fv.window(2) | ~fv.chunks(3), (fv.causal | fv.chunks(2)) & (fv.window(3) | fv.prefix(1)),
 ]  # fmt: skip

@@ -198,6 +198,15 @@ def test_a_bare_mask_mod_of_shared_lists_wants_the_number_of_heads() -> None:
         pattern(zero, zero, zero, zero)
 
 
+@pytest.mark.parametrize(("block", "tile"), [(12, 4), (9, 6), (5, 8), (1, 3), (13, 2)])
+def test_the_last_block_may_reach_over_the_end(block: int, tile: int) -> None:
+    indices = torch.full((1, 1, QUERIES, 1), -(-KEYS // block) - 1)
+    for pattern in (fv.selected(indices, block=block), fv.selected(indices, block=block) | fv.prefix(0)):
+        summary = pattern.summary(QUERIES, KEYS, tile=tile)
+        assert summary.visible_pairs() == int(matrix(indices, block)[0, 0].sum())
+        assert torch.equal(summary.keys_seen()[0, 0], matrix(indices, block)[0, 0, 0])
+
+
 @pytest.mark.parametrize(("block", "k"), [(1, 8), (64, 2)])
 def test_a_summary_follows_the_lists_and_not_the_pairs(block: int, k: int) -> None:
     """32,768 positions near the diagonal: the boolean matrix would take 1 GiB."""

@@ -71,6 +71,15 @@ class TestTopk:
                 for t in range(N):
                     assert lists(found)[b][h][t] == best(weights[b, h, t], dense(fv.causal)[b, 0, t], 4)
 
+    def test_a_group_sees_what_any_of_it_sees(self) -> None:
+        q, k, _ = tensors(N, N)
+        mask = torch.rand(BATCH, HEADS, N, N, generator=torch.Generator().manual_seed(4)) < 0.3
+        every = lists(choose.topk(q, k, mask, top_k=N, shared=True))
+        seen = mask.unflatten(1, (KEY_HEADS, GROUP)).any(2)
+        for b in range(BATCH):
+            for h in range(KEY_HEADS):
+                assert every[b][h] == [set(row.nonzero().flatten().tolist()) for row in seen[b, h]]
+
     def test_every_key_is_dense_attention(self) -> None:
         q, k, v = tensors(N, N)
         for shared in (False, True):

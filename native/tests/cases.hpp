@@ -15,8 +15,9 @@
 
 namespace foveate::tests {
 
-enum class Kind { forward, paged, decode, paged_decode, dropout, backward, looked };
-constexpr const char* kind_names[] = {"forward", "paged", "decode", "paged decode", "dropout", "backward", "looked"};
+enum class Kind { forward, paged, decode, paged_decode, dropout, backward, looked, gathered, gathered_backward };
+constexpr const char* kind_names[] = {"forward", "paged", "decode", "paged decode", "dropout", "backward", "looked",
+                                      "gathered", "gathered backward"};
 constexpr const char* dtype_names[] = {"float32", "bfloat16", "float16"};
 
 // Half precision by its definition, in steps that have nothing in common with the kernels' own.
@@ -96,11 +97,16 @@ struct Case {
     std::vector<char> given;  // with a summary: who sees whom, [tile batch, tile heads, queries, keys]
     std::vector<int64_t> offsets, columns, partial;
     std::vector<uint64_t> bits;
+    std::vector<int64_t> chosen_wide;  // the selection, in one of the two
+    std::vector<int32_t> chosen;
+    int32_t outside = 0;
     bool wants_bias = false, wants_distances = false;
     Call call{};
 
     Case(Kind kind, uint64_t seed);
     bool sees(int64_t b, int64_t h, int64_t row, int64_t key) const;
+    bool gathers() const { return kind == Kind::gathered || kind == Kind::gathered_backward; }
+    bool differentiates() const { return kind == Kind::backward || kind == Kind::gathered_backward; }
     // Where a key lies: the batch row of `k` and `v` (or the page) and the place there.
     int64_t page_of(int64_t b, int64_t key) const { return pages ? table[b * page_row + key / page_size] : b; }
     int64_t slot_of(int64_t key) const { return pages ? key % page_size : key; }
@@ -120,6 +126,7 @@ struct Case {
     void draw_sizes();
     void draw_reach();
     void draw_summary();
+    void draw_selection();
     void draw_matrices();
     void draw_scores();
 };
@@ -133,10 +140,11 @@ inline Case::Case(Kind kind, uint64_t seed) : random(seed), kind(kind) {
     call.scale = chance(10) ? 0.0f : chance(20) ? -0.2f : 1 / std::sqrt(float(dim));
     call.left = call.right = -1;
     const bool paged = kind == Kind::paged || kind == Kind::paged_decode;
-    if (!paged && chance(40))
+    if (!paged && !gathers() && chance(40))
         draw_summary();
     else
         draw_reach();
+    if (gathers()) draw_selection();
     draw_matrices();
     draw_scores();
     const bool drops = kind == Kind::dropout || (kind == Kind::backward && chance(40));
@@ -154,7 +162,8 @@ inline void Case::draw_sizes() {
         queries = pick({1, 1, 2, 7}), keys = pick({256, 300, 575, 1100});
         heads = key_heads * pick({1, 3, 4, 8});
     }
-    if (kind != Kind::backward && chance(3)) keys = 0;
+    if (gathers()) heads = key_heads * pick({1, 3, 4, 7}), queries = pick({1, 2, 63, 130, 300});
+    if (!differentiates() && chance(3)) keys = 0;
     if (keys && (kind == Kind::paged || kind == Kind::paged_decode)) {
         page_size = pick({1, 7, 16, 63, 64, 128});
         page_row = (keys + page_size - 1) / page_size;
@@ -178,6 +187,27 @@ inline void Case::draw_reach() {
         lengths.shrink_to_fit();
         call.lengths = lengths.data();
     }
+}
+
+// Lists of keys or blocks, for each batch row, head and query or shared, with entries that are none and that are repeated.
+inline void Case::draw_selection() {
+    const int64_t block = pick({1, 1, 3, 16, 64, 100}), count = pick({0, 1, 5, 33, 130}), entries = (keys + block - 1) / block;
+    const int64_t lists = chance(30) ? 1 : chance(50) ? key_heads : heads;
+    const int64_t full[3] = {batch, lists, queries};
+    int64_t step = count, rows = 1;
+    call.chosen.count = count, call.chosen.block = block, call.chosen.heads = lists, call.chosen.wide = chance(50);
+    for (int axis = 2; axis >= 0; --axis) {
+        const bool shared = axis != 1 && chance(20);
+        call.chosen.strides[axis] = shared || full[axis] == 1 ? 0 : step;
+        if (!shared) step *= full[axis], rows *= full[axis];
+    }
+    for (int64_t n = 0; n < rows * count; ++n) chosen_wide.push_back(chance(10) ? -1 : int64_t(random() % uint64_t(entries + 1)) - 1);
+    chosen.assign(chosen_wide.begin(), chosen_wide.end());
+    chosen_wide.shrink_to_fit(), chosen.shrink_to_fit();
+    call.chosen.outside = &outside;
+    static const int64_t nothing = 0;  // lists of no length are a selection too
+    call.chosen.indices = chosen.empty() ? static_cast<const void*>(&nothing)
+                          : call.chosen.wide ? static_cast<const void*>(chosen_wide.data()) : chosen.data();
 }
 
 // Tiles that are empty, whole or seen in part, a table for each batch row and head or shared.
@@ -211,6 +241,12 @@ inline void Case::draw_summary() {
 }
 
 inline bool Case::sees(int64_t b, int64_t h, int64_t row, int64_t key) const {
+    if (gathers()) {
+        const Selection& from = call.chosen;
+        const int64_t at = b * from.strides[0] + h / (heads / from.heads) * from.strides[1] + row * from.strides[2];
+        const auto list = chosen.begin() + at;
+        if (std::find(list, list + from.count, int32_t(key / from.block)) == list + from.count) return false;
+    }
     if (call.offsets) {
         const int64_t at = (call.tile_batch > 1 ? b : 0) * call.tile_heads + (call.tile_heads > 1 ? h : 0);
         return given[(at * queries + row) * keys + key];
@@ -240,7 +276,7 @@ inline void Case::draw_matrices() {
     }
     call.q = q->view(), call.k = k->view(), call.v = v->view();
     if (pages) call.pages = table.data(), call.page_row = page_row, call.page_size = page_size;
-    if (kind != Kind::backward) return;
+    if (!differentiates()) return;
     const bool shared = chance(25);
     d_out = std::make_unique<Matrix>(dtype, batch, heads, queries, value_dim, pick({0, 3}), shared);
     for (int64_t b = 0; b < batch; ++b)
@@ -261,9 +297,9 @@ inline void Case::draw_scores() {
         for (float& each : distances) each = normal();
         call.distances = distances.data();
         call.distance_batch = distance_batches > 1 ? heads * length : 0, call.distance_head = length;
-        wants_distances = chance(70);
+        wants_distances = !gathers() && chance(70);
     }
-    if (keys && chance(40)) {
+    if (keys && !gathers() && chance(40)) {
         const int64_t full[4] = {batch, heads, queries, keys};
         for (int n = 0; n < 4; ++n) bias_sizes[n] = chance(60) ? full[n] : 1;
         const bool turned = chance(25);  // keys further apart than rows
@@ -294,6 +330,8 @@ inline std::string Case::text() const {
                        "/" + number(value_dim);
     if (pages) said += ", pages of " + number(page_size);
     if (call.offsets) said += ", summary";
+    if (gathers())
+        said += ", " + number(call.chosen.count) + " blocks of " + number(call.chosen.block) + " for " + number(call.chosen.heads) + " heads";
     if (call.left >= 0) said += ", left " + number(call.left);
     if (call.right >= 0) said += ", right " + number(call.right);
     if (call.starts) said += ", starts";
@@ -317,7 +355,7 @@ struct Results {
         : out(of.dtype, of.batch, of.heads, of.queries, of.value_dim, gap),
           lse(static_cast<size_t>(of.batch * of.heads * of.queries), NAN) {
         const auto size = [](int64_t count) { return static_cast<size_t>(count); };
-        if (of.kind == Kind::backward) {
+        if (of.differentiates()) {
             dq.resize(lse.size() * size(of.dim));
             dk.resize(size(of.batch * of.key_heads * of.keys * of.dim));
             dv.resize(size(of.batch * of.key_heads * of.keys * of.value_dim));
@@ -336,7 +374,7 @@ struct Results {
     void run(const Case& of, const Kernel& kernel, int threads) {
         Call call = of.call;
         call.out = out.view(), call.lse = lse.data();
-        if (of.kind == Kind::backward) {
+        if (of.differentiates()) {
             Gradients gradients{};
             gradients.call = call, gradients.d_out = of.d_out->view();
             gradients.d_lse = of.d_lse.empty() ? nullptr : of.d_lse.data();

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "linear_cases.hpp"
 #include "truth.hpp"
 
 using namespace foveate;
@@ -57,7 +58,7 @@ double index_error(const Case& in, const Results& found, const Truth& truth) {
 }
 
 double error_of(const Case& in, const Results& found, const Truth& truth) {
-    if (in.kind == Kind::backward) {
+    if (in.differentiates()) {
         const double inputs = worse(error_of(found.dq, truth.dq),
                                     worse(error_of(found.dk, truth.dk), error_of(found.dv, truth.dv)));
         const double bias = in.wants_bias ? error_of(found.d_bias, truth.d_bias) : 0;
@@ -75,6 +76,41 @@ struct Score {
     double worst[3] = {};
     int calls[3] = {};
 };
+
+double error_of(const LinearCase& in, const LinearResults& found, const LinearTruth& truth, bool backward) {
+    if (!backward) return worse(in.call.reads ? error_of(all_of(found.out), truth.out) : 0, error_of(found.last, truth.last));
+    const auto joined = [&in](const std::vector<float>& parts) { return LinearResults::joined(parts, in.slices); };
+    const double queries = in.call.reads ? error_of(joined(found.dq), truth.dq) : 0;
+    const double keys = worse(error_of(joined(found.dk), truth.dk), error_of(found.dv, truth.dv));
+    const double gates = worse(error_of(joined(found.d_decay), truth.d_decay), error_of(joined(found.d_beta), truth.d_beta));
+    return worse(worse(queries, keys), worse(gates, error_of(found.d_state, truth.d_state)));
+}
+
+// Linear attention, forward and backward; how many results were wrong.
+int sweep_linear(const std::vector<const Kernel*>& kernels, int rounds) {
+    int wrong = 0;
+    std::vector<double> worst(kernels.size() * 2);
+    for (int n = 0; n < rounds; ++n) {
+        const LinearCase in(uint64_t(n) << 8 | 77);
+        const LinearTruth truth(in);
+        for (size_t at = 0; at < kernels.size(); ++at) {
+            LinearResults found(in, n % 3);
+            found.run(in, *kernels[at], 1 + n % 3);
+            for (const bool backward : {false, true}) {
+                const double error = error_of(in, found, truth, backward), bound = backward ? 4e-5 : allowed[int(in.v->dtype)];
+                double& most = worst[at * 2 + backward];
+                if (backward || in.v->dtype == Dtype::float32) most = worse(most, error);
+                if (error <= bound || ++wrong > 20) continue;
+                std::printf("WRONG by %.2g: %s, linear%s %d: %s\n", error, kernels[at]->name, backward ? " backward" : "", n,
+                            in.text().c_str());
+            }
+        }
+    }
+    for (size_t at = 0; at < kernels.size(); ++at)
+        std::printf("%-10s  linear: %d calls, largest errors in float32: forward %.2g, backward %.2g\n", kernels[at]->name, rounds,
+                    worst[at * 2], worst[at * 2 + 1]);
+    return wrong;
+}
 
 }  // namespace
 
@@ -99,7 +135,7 @@ int main(int count, char** words) {
             const Truth truth(in, start);
             for (size_t at = 0; at < here.size(); ++at) {
                 Results found(in, n % 3);
-                if (in.kind == Kind::backward) {
+                if (in.differentiates()) {
                     for (int64_t b = 0; b < in.batch; ++b)
                         for (int64_t h = 0; h < in.heads; ++h)
                             for (int64_t row = 0; row < in.queries; ++row)
@@ -112,7 +148,7 @@ int main(int count, char** words) {
                 Score& score = scores[at * kinds + size_t(kind)];
                 score.worst[int(in.dtype)] = worse(score.worst[int(in.dtype)], error);
                 ++score.calls[int(in.dtype)];
-                if (error <= (in.kind == Kind::backward ? allowed_backward : allowed)[int(in.dtype)]) continue;
+                if (error <= (in.differentiates() ? allowed_backward : allowed)[int(in.dtype)]) continue;
                 if (++wrong > 20) continue;
                 std::printf("WRONG by %.2g: %s, %s %d: %s\n", error, here[at]->name, kind_names[kind], n, in.text().c_str());
             }
@@ -125,5 +161,6 @@ int main(int count, char** words) {
                 std::printf("  %s %.2g (%d calls)", dtype_names[dtype], score.worst[dtype], score.calls[dtype]);
             std::printf("\n");
         }
+    wrong += sweep_linear(here, rounds);
     return wrong ? 1 : 0;
 }

@@ -85,7 +85,7 @@ struct Truth {
                         continue;
                     }
                     sum_values(in, b, h, at, found);
-                    if (in.kind != Kind::backward) continue;
+                    if (!in.differentiates()) continue;
                     for (int64_t d = 0; d < in.value_dim; ++d) given.out.set(b, h, row, d, out[at * in.value_dim + d]);
                     given.lse[at] = float(found.lse);
                     differentiate(in, given, b, h, row, found);

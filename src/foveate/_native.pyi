@@ -20,7 +20,7 @@ def share_threads_of(library: str) -> bool:
 
 # Nothing is checked here: addresses, strides in elements, sizes. `forward`, `backward` and `looked` all take first what
 # `foveate.softmax.native` makes of a call: dtype, q, k, v, out, lse, sizes, scale, pages, soft-cap, distances, bias,
-# sinks, seed, dropout, reach, tiles, the kernel's name and the number of threads.
+# sinks, seed, dropout, reach, tiles, lists, the kernel's name and the number of threads.
 
 def forward(*call: object) -> None:
     """Fill out and lse."""
@@ -32,7 +32,7 @@ def linear(*call: object) -> None:
     """What `foveate.linear.native` makes of a call of its own; fills out, the last state, and those that are kept."""
 
 def linear_backward(*call: object) -> None:
-    """The same, then d_out, the gradient of the last state, addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices."""
+    """The same, then d_out, d_last, the addresses of (dq, dk, dv, d_decay, d_beta, d_state), slices; fills those."""
 
 def looked(*call: object) -> None:
     """Then how many keys to keep, indices, weights, (rest, entropy, received); fills them and lse."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from foveate.errors import FoveateError, InvalidInput
 
 if TYPE_CHECKING:
+    from foveate.bench.linear import LinearRow
     from foveate.bench.models import ModelRow
     from foveate.bench.results import Measured, Results
     from foveate.bench.rows import Row
 
-    _Row = TypeVar("_Row", Row, ModelRow)
+    _Row = TypeVar("_Row", Row, ModelRow, LinearRow)
 
 try:
     import typer
@@ -184,6 +185,38 @@ def patterns(
     console.print(Columns(pictures))
 
 
+@app.command()
+def mechanisms(
+    text: Annotated[str | None, typer.Argument(help="Only those with this text in their row.")] = None,
+) -> None:
+    """Print the whole family: equation, call, cost, paper, and what each one can do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from foveate.mechanisms import chosen
+
+    console = Console(emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has no edge to wrap at
+    table = Table(show_lines=True)
+    for heading in ("mechanism", "equation, call", "cost", "can", "runs in", "paper"):
+        table.add_column(heading, overflow="fold")
+    for one in chosen(text):
+        cells = (
+            f"{one.name}\n{one.family}",
+            "\n".join(
+                [one.equation, one.call, *([f"fv.nn.{one.layer}"] if one.layer and one.layer not in one.call else [])]
+            ),
+            one.cost,
+            "\n".join(one.abilities),
+            ", ".join(one.backends) or "one way",
+            f"{one.paper}\n{one.link}",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
 _Out = Annotated[
     list[Path] | None,
     typer.Option(help="Also write results (.json), claims (.csv) or a picture (.png, .svg); may be repeated."),
@@ -219,6 +252,28 @@ def bench_softmax(
         lambda row: measure(row, runs=runs, ceilings=tops, seconds=0.01 if quick else 0.5, left_out=left_out),
     )
     _deliver(Results(about(tops, quick=quick, runs=runs), measured), paths, json=json, old=old)
+
+
+@bench.command("linear")
+def bench_linear(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: _Only = None,
+    runs: _Runs = 3,
+    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
+) -> None:
+    """Linear attention beside that of transformers, plain PyTorch and softmax, each checked before it is timed."""
+    from foveate.bench.about import about
+    from foveate.bench.linear import table
+    from foveate.bench.linear_measuring import measure_linear
+    from foveate.bench.results import Results
+    from foveate.bench.tables import chosen
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(table(quick=quick), only)
+    measured = _in_turn(rows, lambda row: measure_linear(row, runs=runs, seconds=0.01 if quick else 1.0))
+    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
 
 
 @bench.command("models")
@@ -262,6 +317,27 @@ def _in_turn(rows: list[_Row], measure: Callable[[_Row], Measured]) -> list[Meas
             measured.append(measure(row))
             progress.advance(task)
     return measured
+
+
+@bench.command("sparse")
+def bench_sparse(
+    json: _Json = False,
+    out: _Out = None,
+    compare: _Compare = None,
+    only: _Only = None,
+    runs: _Runs = 3,
+    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
+) -> None:
+    """Attention to chosen keys beside attention to all, and additive scores beside a broadcast; each checked first."""
+    from foveate.bench.about import about
+    from foveate.bench.results import Results
+    from foveate.bench.sparse import measure_sparse, table
+    from foveate.bench.tables import chosen
+
+    paths, old = _checked_outputs(out, compare, json=json)
+    rows = chosen(table(quick=quick), only)
+    measured = _in_turn(rows, lambda row: measure_sparse(row, runs=runs, seconds=0.01 if quick else 0.5))
+    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
 
 
 @bench.command("show")

@@ -193,18 +193,17 @@ def linear_implementation(name: str) -> LinearImplementation:
 
 def dispatch_linear(problem: LinearProblem, backend: str = "auto") -> tuple[Tensor, LinearState]:
     """Run the first implementation of the linear family that does not refuse, or the named one."""
-    if backend == "auto":
-        backend = _linear_choice(problem)
-    chosen = linear_implementation(backend)
-    reasons = chosen.refuses(problem)
+    chosen = _linear_first(problem) if backend == "auto" else linear_implementation(backend)
+    reasons = [] if backend == "auto" else chosen.refuses(problem)
     if reasons:
         raise unsupported({backend: reasons})
     with without_autocast(problem.q.device):
         return problem.result(*chosen.run(problem))
 
 
-def _linear_choice(problem: LinearProblem) -> str:
-    """Compiled kernels where they can; else one step needs no chunk."""
-    if not linear_implementation("native").refuses(problem):
-        return "native"
-    return "recurrence" if problem.k.shape[2] <= 1 else "chunked"
+def _linear_first(problem: LinearProblem) -> LinearImplementation:
+    """The compiled kernels where they can; else one step needs no chunk."""
+    native = linear_implementation("native")
+    if not native.refuses(problem):
+        return native
+    return linear_implementation("recurrence" if problem.k.shape[2] <= 1 else "chunked")

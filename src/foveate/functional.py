@@ -281,10 +281,12 @@ def linear_attention(
             `fv.documents(cu_seqlens=)`. The state is emptied where the id changes; `state` belongs to the first
             document and the one returned to the last. A negative id is passed over: it gives 0 and leaves the state.
         state: what an earlier call returned: split + state = whole.
-        backend: "auto", "chunked" (for training) or "recurrence" (step by step: the definition).
+        backend: "auto", "native" (compiled, on a CPU), "chunked" (plain PyTorch) or "recurrence" (step by step: the
+            definition).
 
     Raises:
         InvalidInput: the call is wrong: shapes, a decay above 0, beta out of range, a negative normaliser.
+        Unsupported: the named implementation cannot compute this call; it lists every reason.
 
     Katharopoulos et al. 2020: https://arxiv.org/abs/2006.16236; delta rule and decays: Yang et al. 2024,
     https://arxiv.org/abs/2412.06464

@@ -166,14 +166,14 @@ def _featured(
 
 def _per_step(tensor: Tensor, what: str, want: list[int], k: Tensor, wide: torch.dtype) -> Tensor:
     """`[heads]` or what broadcasts to `want[:tensor.dim()]`, as `[1 or B, 1 or H, N, 1 or D]`."""
-    words = ["batch", "key heads", "steps", "feature dim"][: len(want)]
     tensor = floating(tensor, what, [1, *range(3, len(want) + 1)])
     if tensor.device != k.device:
         raise InvalidInput(f"{what} is on {tensor.device} but k is on {k.device}: move it")
     given = tensor
     if tensor.dim() == 1:
         tensor = tensor[None, :, None]
-    if any(have not in (1, size) for have, size in zip(tensor.shape, want, strict=False)):
+    if any(have != size and have != 1 for have, size in zip(tensor.shape, want, strict=False)):
+        words = ["batch", "key heads", "steps", "feature dim"]
         shapes = " or ".join(f"[{', '.join(words[:n])}] = {want[:n]}" for n in range(3, len(want) + 1))
         raise InvalidInput(
             f"{what} is {describe(given)}: wanted [key heads] = [{want[1]}], or what broadcasts to {shapes}"
@@ -186,9 +186,9 @@ def _decay(decay: Tensor | None, batch: int, heads: int, steps: int, k: Tensor, 
     if decay is None:
         return None
     decay = _per_step(decay, "decay", [batch, heads, steps, k.shape[3]], k, wide)
-    if is_known(decay) and bool((decay > 0).any()):
+    if is_known(decay) and (top := _extremes(decay)[1]) > 0:
         raise InvalidInput(
-            f"decay goes up to {decay.max().item():.3g}: wanted natural logarithms, which are at most 0; "
+            f"decay goes up to {top:.3g}: wanted natural logarithms, which are at most 0; "
             "take .log() of a factor between 0 and 1"
         )
     return decay
@@ -200,12 +200,23 @@ def _beta(
     if beta is None:
         return None
     beta = _per_step(beta, "beta", [batch, heads, steps], k, wide)
-    if delta_rule and is_known(beta) and bool(((beta < 0) | (beta > 2)).any()):
-        raise InvalidInput(
-            f"beta goes from {beta.min().item():.3g} to {beta.max().item():.3g}: wanted 0 to 2 (mostly 0 to 1) for the "
-            "delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
-        )
+    if delta_rule and is_known(beta):
+        low, top = _extremes(beta)
+        if low < 0 or top > 2:
+            raise InvalidInput(
+                f"beta goes from {low:.3g} to {top:.3g}: wanted 0 to 2 (mostly 0 to 1) for the "
+                "delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
+            )
     return beta
+
+
+def _extremes(x: Tensor) -> tuple[float, float]:
+    """The least and the largest number, NaN aside."""
+    low, top = (float(end) for end in torch.aminmax(x.detach()))
+    if math.isnan(top):
+        numbers = x.detach()[~x.detach().isnan()]
+        return _extremes(numbers) if numbers.numel() else (low, top)
+    return low, top
 
 
 def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.device) -> Tensor:

@@ -3,7 +3,10 @@
 - rows: what a row of a table is, and what it has to reach
 - tables: the tables themselves, as data
 - models: the table of whole models
+- sparse, alignment: the table of selections and of additive scores, built, checked and timed
 - modelling: one row of that, built, checked and timed
+- linear: the table of linear attention
+- linear_measuring: one row of that, computed, checked and timed
 - contestants: one function for each way to compute a row
 - truth: float64, and how far from it a result may be
 - measuring: check, then time in turn

@@ -24,6 +24,7 @@ from foveate.errors import Unsupported
 
 _TURN = 0.002  # seconds: long beside the clock, and beside threads that still spin for whoever ran before
 _FEWEST, _MOST = 5, 100  # turns of a run
+_LONG = 1.0  # seconds: a turn that takes longer is no matter of luck, and is taken once a run
 _NOISE = 0.05  # "never behind" forgives what the A/A shows, and no more than this
 AGAIN = "again"  # the first peer once more
 
@@ -87,18 +88,25 @@ def _figures(
             turns[name] = turn
         if not turns:
             return figures, None
-        peer = first_peer(turns)
-        turns[AGAIN] = turns[peer]
-        found = [medians(turns, seconds) for _ in range(runs)]
-    for name in turns.keys() - {AGAIN}:
-        figures[name] = _figure(row, name, [run[name] for run in found], ceilings, density)
+        found, again = repeated(turns, runs, seconds)
+    for name, times in found.items():
+        figures[name] = _figure(row, name, times, ceilings, density)
+    return {name: figures[name] for name in row.contestants}, again
+
+
+def first_peer(turns: Mapping[str, Turn], peers: tuple[str, ...] = PEERS) -> str:
+    """Who is timed twice: the first peer, or whoever is there."""
+    return next((name for name in peers if name in turns), next(iter(turns)))
+
+
+def repeated(
+    turns: Mapping[str, Turn], runs: int, seconds: float, peers: tuple[str, ...] = PEERS
+) -> tuple[dict[str, list[float]], float]:
+    """(the median seconds of each run, the A/A ratio)."""
+    peer = first_peer(turns, peers)
+    found = [medians({**turns, AGAIN: turns[peer]}, seconds) for _ in range(runs)]
     again = max(max(run[peer] / run[AGAIN], run[AGAIN] / run[peer]) for run in found)
-    return {name: figures[name] for name in row.contestants}, rounded(again)
-
-
-def first_peer(turns: Mapping[str, Turn]) -> str:
-    """The contestant that is timed twice: the first peer, or whoever is there."""
-    return next((name for name in PEERS if name in turns), next(iter(turns)))
+    return {name: [run[name] for run in found] for name in turns}, rounded(again)
 
 
 def medians(turns: Mapping[str, Turn], seconds: float) -> dict[str, float]:
@@ -109,7 +117,7 @@ def medians(turns: Mapping[str, Turn], seconds: float) -> dict[str, float]:
         once = _seconds(turn, 1)
         calls[name] = max(1, min(200, round(_TURN / once)))
         slowest = max(slowest, once * calls[name])
-    rounds = max(_FEWEST, min(_MOST, int(seconds / slowest)))
+    rounds = max(_FEWEST if slowest < _LONG else 1, min(_MOST, int(seconds / slowest)))
     times: dict[str, list[float]] = {name: [] for name in turns}
     collected = gc.isenabled()
     gc.disable()

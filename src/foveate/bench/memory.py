@@ -1,4 +1,6 @@
-"""The peak memory of one call beyond its inputs, outputs and gradients, in a process of its own.
+"""The peak memory of one call, or of one turn of a model, in a process of its own.
+
+Of a call it is the peak beyond its inputs, outputs and gradients; of a model that beyond the model itself.
 
 A process that has measured other rows holds memory that a call could take unseen; a fresh one does not. A small call
 comes first, so that what is loaded and started once does not count.
@@ -12,6 +14,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +37,20 @@ def megabytes(row: Row, contestant: str) -> tuple[float, str]:
     assert row.pattern is not None
     job = {size: getattr(row, size) for size in _SIZES}
     job |= {"dtype": str(row.dtype).removeprefix("torch."), "pattern": row.pattern.spec()[0]}
+    answer = _asked(job, contestant)
+    return answer["megabytes"], answer["complaint"]
+
+
+def megabytes_of_model(name: str, contestant: str) -> float:
+    """The 10⁶ bytes by which one turn of a contestant let the peak grow, in the row of the table of models so named.
+
+    Raises `Unsupported` where its process failed.
+    """
+    return float(_asked({"model": name}, contestant)["megabytes"])
+
+
+def _asked(job: dict[str, Any], contestant: str) -> dict[str, Any]:
+    """What a process of its own answers."""
     job |= {"contestant": contestant, "threads": torch.get_num_threads()}
     child = subprocess.run(
         [sys.executable, "-m", "foveate.bench.memory", json.dumps(job)], capture_output=True, text=True, check=False
@@ -41,15 +58,18 @@ def megabytes(row: Row, contestant: str) -> tuple[float, str]:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise unsupported({contestant: [f"its process failed: {last}"]})
-    answer = json.loads(child.stdout)
+    answer: dict[str, Any] = json.loads(child.stdout)
     if answer["refused"]:
         raise unsupported(answer["refused"])
-    return answer["megabytes"], answer["complaint"]
+    return answer
 
 
 def _main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
+    if "model" in job:
+        print(json.dumps({"megabytes": _measure_model(job["model"], job["contestant"]), "refused": None}))
+        return
     sizes = {size: job[size] for size in _SIZES}
     dtype, pattern = getattr(torch, job["dtype"]), parse(job["pattern"], [])
     row = Row("", "", dtype=dtype, pattern=pattern, contestants=(job["contestant"],), **sizes)
@@ -66,10 +86,24 @@ def _measure(row: Row, contestant: str) -> tuple[float, str]:
     with torch.set_grad_enabled(row.gradients):
         _turn(small, contestant, *small.inputs())
         inputs = row.inputs()
-        start = _start()
+        before = start()
         found = _turn(row, contestant, *inputs)
-        grown = _peak() - start - sum(part.nbytes for part in found)
+        grown = peak() - before - sum(part.nbytes for part in found)
     return grown / 1e6, _complaint(row, inputs, found)
+
+
+def _measure_model(name: str, contestant: str) -> float:
+    from foveate.bench.modelling import turn_alone
+    from foveate.bench.models import table
+    from foveate.integrations.transformers import register
+
+    register()
+    rows = [row for quick in (False, True) for row in table(quick=quick)]
+    with torch.no_grad():
+        turn = turn_alone(next(row for row in rows if row.name == name), contestant)
+        before = start()
+        turn()
+        return (peak() - before) / 1e6
 
 
 def _turn(row: Row, contestant: str, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -78,14 +112,14 @@ def _turn(row: Row, contestant: str, q: Tensor, k: Tensor, v: Tensor, upstream: 
     return prepare(contestant, row, q, k, v, upstream)()
 
 
-def _start() -> int:
+def start() -> int:
     """The bytes held now; from here on the peak is counted anew."""
     with suppress(OSError):  # elsewhere than on Linux, or where it is forbidden, the peak so far stands
         _RESET.write_text("5")
-    return _peak()
+    return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
     """The most bytes held so far. Not `ru_maxrss` on Linux: there a child begins with the peak of its parent."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))

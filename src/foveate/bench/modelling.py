@@ -2,34 +2,44 @@
 
 What comes out is compared with "sdpa" in float32 first: to 1e-4 of the largest value in float32; in bfloat16 it may be
 twice as far from that as "sdpa" in bfloat16 is, and an eps of the largest value.
+
+A turn lasts seconds, so a run is one turn of each contestant, more where they are short. Whom no claim names takes part
+in the first run alone.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.bench.contestants import Turn
-from foveate.bench.measuring import AGAIN, first_peer, medians, rounded, verdict
+from foveate.bench.measuring import AGAIN, first_peer, rounded, verdict
+from foveate.bench.memory import megabytes_of_model
 from foveate.bench.models import ModelRow
 from foveate.bench.results import Figure, Measured
+from foveate.errors import Unsupported
 from foveate.integrations.torch import accelerate
 from foveate.integrations.transformers import patch, register, unregister
 
 
 def measure_model(row: ModelRow, *, runs: int, seconds: float) -> Measured:
     """Everything about one row; the arguments are those of `measuring.measure`."""
-    register()
-    try:
-        with torch.set_grad_enabled(row.work == "training"):
-            figures, again = _figures(row, runs, seconds)
-    finally:
-        unregister()
+    if row.weighs_memory:
+        figures, again = {name: _memory(row, name) for name in row.contestants}, None
+    else:
+        register()
+        try:
+            with torch.set_grad_enabled(row.work == "training"):
+                figures, again = _figures(row, runs, seconds)
+        finally:
+            unregister()
     batch, heads, key_heads, queries, keys, dim = row.sizes
     return Measured(
         row.section, row.name, row.work, str(row.dtype).removeprefix("torch."), batch, heads, key_heads, queries, keys,
@@ -38,29 +48,60 @@ def measure_model(row: ModelRow, *, runs: int, seconds: float) -> Measured:
 
 
 def _figures(row: ModelRow, runs: int, seconds: float) -> tuple[dict[str, Figure], float | None]:
-    model = _built(row, row.dtype, "eager" if row.weights_from else "sdpa")
-    peer = _turn(row, model, "sdpa")()
-    truth = peer if row.dtype == torch.float32 else _turn(row, _built(row, torch.float32, "sdpa", model), "sdpa")()
-    turns: dict[str, Turn] = {}
+    base = "eager" if row.weights_from else "sdpa"
+    model = _built(row, row.dtype, base)
+    turns: dict[str, Turn] = {base: _turn(row, model, base)}
+    start = time.perf_counter()
+    peer = turns[base]()
+    rounds = max(1, min(_MOST, int(seconds / (time.perf_counter() - start))))
+    truth = peer if row.dtype == torch.float32 else _turn(row, _built(row, torch.float32, base, model), base)()
     figures: dict[str, Figure] = {}
     for name in row.contestants:
-        twin = model if name in ("sdpa", "accelerate") else _built(row, row.dtype, name, model)
+        if name == base:
+            continue
+        twin = model if name == "accelerate" else _built(row, row.dtype, _ATTENTION.get(name, name), model)
         turn = _turn(row, twin, name)
         complaint = _complaint(turn(), peer, truth, row.dtype)
         if complaint:
-            figures[name] = Figure(refused=f"wrong: {complaint}", wrong=name in ("foveate", "accelerate"))
+            figures[name] = Figure(refused=f"wrong: {complaint}", wrong=name != "eager")
         else:
             turns[name] = turn
-    if not turns:
-        return figures, None
     aside = first_peer(turns)
     turns[AGAIN] = turns[aside]
-    found = [medians(turns, seconds) for _ in range(runs)]
+    named = {AGAIN, aside, *(name for claim in row.claims for name in (claim.contestant, claim.against))}
+    often = {name: turn for name, turn in turns.items() if name in named}
+    found = [_medians(often if run else turns, rounds) for run in range(runs)]
     for name in turns.keys() - {AGAIN}:
-        each = [run[name] for run in found]
+        each = [run[name] for run in found if name in run]
         figures[name] = Figure("ms", [rounded(1e3 * run) for run in each], rounded(1e3 * statistics.median(each)))
     again = max(max(run[aside] / run[AGAIN], run[AGAIN] / run[aside]) for run in found)
     return {name: figures[name] for name in row.contestants}, rounded(again)
+
+
+def _medians(turns: Mapping[str, Turn], rounds: int) -> dict[str, float]:
+    """The median seconds of a turn of each, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    gc.collect()  # now, so that it falls on nobody
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            turn()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _memory(row: ModelRow, name: str) -> Figure:
+    """Once: it is the same each time. What a turn computes is checked in the row about its time."""
+    try:
+        grown = rounded(megabytes_of_model(row.name, name))
+    except Unsupported as refusal:
+        return Figure("MB", refused=str(refusal))
+    return Figure("MB", [grown], grown)
+
+
+def turn_alone(row: ModelRow, name: str) -> Turn:
+    """One contestant's turn, by itself; it needs `register` before."""
+    return _turn(row, _built(row, row.dtype, _ATTENTION.get(name, name)), name)
 
 
 def _built(row: ModelRow, dtype: torch.dtype, attention: str, like: nn.Module | None = None) -> nn.Module:
@@ -79,7 +120,7 @@ def _built(row: ModelRow, dtype: torch.dtype, attention: str, like: nn.Module | 
 
 def _turn(row: ModelRow, model: nn.Module, name: str) -> Turn:
     """One turn of a contestant: what it computes is what is compared."""
-    work = _WORKS[row.work](row, model)
+    work = (_packed if name == "packed" else _WORKS[row.work])(row, model)
     if name == "accelerate":
 
         def accelerated() -> tuple[Tensor, ...]:
@@ -136,20 +177,21 @@ def _future(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
 
 
 def _decoded(row: ModelRow, model: Any) -> Turn:
-    """Tokens one by one after a prompt that is in a dynamic cache already; their logits."""
+    """Tokens one by one after random keys and values that are in a dynamic cache already; their logits."""
     from transformers import DynamicCache
 
-    tokens, prompt = row.sizes[3], row.sizes[4] - row.sizes[3]
-    ids = _ids(row, prompt + tokens)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    batch, _, key_heads, tokens, keys, dim = row.sizes
+    cache, draw = DynamicCache(config=model.config), _drawn()
+    for layer in range(model.config.num_hidden_layers):
+        k, v = (
+            torch.randn(batch, key_heads, keys - tokens, dim, generator=draw).to(row.dtype).to(model.dtype)
+            for _ in range(2)
+        )
+        cache.update(k, v, layer)
+    ids = _ids(row, tokens)
 
     def turn() -> tuple[Tensor, ...]:
-        found = [
-            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
-            for at in range(prompt, prompt + tokens)
-        ]
+        found = [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(tokens)]
         cache.crop(-tokens)
         return (torch.cat(found, 1),)
 
@@ -162,12 +204,32 @@ def _encoded(row: ModelRow, model: Any) -> Turn:
         side = row.config["image_size"]
         pixels = torch.randn(row.sizes[0], 3, side, side, generator=_drawn())
         return lambda: (model(pixel_values=pixels).last_hidden_state,)
+    ids, kept = _padded(row)
+    return lambda: (model(input_ids=ids, attention_mask=kept.long()).last_hidden_state * kept[..., None],)
+
+
+def _packed(row: ModelRow, model: Any) -> Turn:
+    """The same from the texts without their padding, end to end in one row that `documents` keeps apart."""
+    ids, kept = _padded(row)
+
+    def turn() -> tuple[Tensor, ...]:
+        ends = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+        positions = torch.arange(ids.shape[1]).expand_as(ids)[kept][None]
+        found = model(
+            input_ids=ids[kept][None], position_ids=positions, cu_seq_lens_q=ends, cu_seq_lens_k=ends
+        ).last_hidden_state[0]
+        laid_out = found.new_zeros(*ids.shape, found.shape[1])
+        laid_out[kept] = found
+        return (laid_out,)
+
+    return turn
+
+
+def _padded(row: ModelRow) -> tuple[Tensor, Tensor]:
+    """Token ids, and which of them are no padding: lengths are uniform in 25 to 100 %."""
     batch, length = row.sizes[0], row.sizes[3]
-    ids = _ids(row, length)
-    least = max(1, length // 4)
-    lengths = torch.randint(least, length + 1, (batch, 1), generator=_drawn())
-    kept = (torch.arange(length) < lengths).long()
-    return lambda: (model(input_ids=ids, attention_mask=kept).last_hidden_state * kept[..., None],)
+    lengths = torch.randint(max(1, length // 4), length + 1, (batch, 1), generator=_drawn())
+    return _ids(row, length), torch.arange(length) < lengths
 
 
 def _stepped(row: ModelRow, model: Any) -> Turn:
@@ -202,6 +264,8 @@ def _weighed(row: ModelRow, model: Any) -> Turn:
     return turn
 
 
+_MOST = 20  # turns of a run
+_ATTENTION = {"packed": "foveate"}  # contestants that are not named as their attention is
 _WORKS: dict[str, Callable[[ModelRow, Any], Turn]] = {
     "prefill": _prefilling,
     "attention": _attending,
@@ -209,6 +273,7 @@ _WORKS: dict[str, Callable[[ModelRow, Any], Turn]] = {
     "forward": _encoded,
     "training": _stepped,
     "weights": _weighed,
+    "memory": _weighed,
 }
 
 

@@ -5,6 +5,8 @@ A row's contestants are one model of random weights several times, with the same
 - eager, sdpa: as transformers computes it by itself
 - foveate: `attn_implementation="foveate"`
 - accelerate: "sdpa" under `foveate.accelerate()`
+- packed: "foveate" on what is no padding, the texts of a batch end to end in one row (`documents`); laying them out and
+  back is part of a turn
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ class ModelRow:
     contestants: tuple[str, ...] = EVERYONE
     pattern: str | None = None
     weights_from: tuple[int, ...] = ()
+
+    @property
+    def weighs_memory(self) -> bool:
+        """Whether it is about the peak memory of one turn, not about time."""
+        return self.work == "memory"
 
 
 def table(*, quick: bool = False) -> list[ModelRow]:
@@ -110,7 +117,9 @@ def _encoders(shrink: int) -> Iterator[ModelRow]:
         n = length // shrink
         yield ModelRow(
             "encoders", f"BERT-base fp32, {batch} × {n}, lengths of 25 to 100 %", "forward", "BertModel",
-            _bert(shrink, n), (batch, 12, 12, n, n, 64 if shrink == 1 else 4), _claims(target), pattern="padding",
+            _bert(shrink, n), (batch, 12, 12, n, n, 64 if shrink == 1 else 4),
+            (*_claims(target), Claim("packed", "sdpa", target)), contestants=("foveate", "packed", *EVERYONE[1:]),
+            pattern="padding",
         )  # fmt: skip
 
 
@@ -143,9 +152,14 @@ def _training(shrink: int) -> Iterator[ModelRow]:
 
 
 def _weights(shrink: int) -> Iterator[ModelRow]:
+    """Time, and the memory beside the model: what was returned counts, all layers' weights of "eager" too."""
     n = 4096 // shrink
-    yield ModelRow(
-        "weights", f"BERT-base fp32, {n} tokens, weights of one layer", "weights", "BertModel", _bert(shrink, n),
-        (1, 12, 12, n, n, 64 if shrink == 1 else 4), (Claim("foveate", "eager", 2.0),),
-        contestants=("foveate", "eager"), weights_from=(5,) if shrink == 1 else (0,),
-    )  # fmt: skip
+    for work, kind, target in (
+        ("weights", "weights of one layer", 2.0),
+        ("memory", "memory for one layer's weights", 4.0),
+    ):
+        yield ModelRow(
+            "weights", f"BERT-base fp32, {n} tokens, {kind}", work, "BertModel", _bert(shrink, n),
+            (1, 12, 12, n, n, 64 if shrink == 1 else 4), (Claim("foveate", "eager", target),),
+            contestants=("foveate", "eager"), weights_from=(5,) if shrink == 1 else (0,),
+        )  # fmt: skip

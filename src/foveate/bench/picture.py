@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,9 @@ def picture(results: Results, path: Path) -> None:
     except ImportError as missing:
         raise InvalidInput('drawing needs matplotlib: pip install "foveate[see]"') from missing
 
-    bars, curves = _sections(results), any(row.sweep for row in results.rows)
-    tall = max(2 * (_CURVE + _GAP) + 1.0 if curves else 1.0, sum(_HEAD + _BAR * len(section) for _, section in bars))
+    bars, curves = _sections(results), [sweep for sweep in _SWEEPS if any(row.sweep == sweep for row in results.rows)]
+    right = len(curves) * (_CURVE + _GAP) + 1.0
+    tall = max(right if curves else 1.0, sum(_HEAD + _BAR * len(section) for _, section in bars))
     top, bottom, wide = 1.5, 0.75, 13.6 if curves else 8.6
     style: Any = {"font.family": "DejaVu Sans", "svg.hashsalt": "foveate", "axes.edgecolor": QUIET, "text.color": INK}
     with rc_context(style):
@@ -47,10 +48,10 @@ def picture(results: Results, path: Path) -> None:
             axes = figure.add_axes((4.2 / wide, bottom / high, 4.1 / wide, tall / high))
             _bars(axes, bars, tall)
         if curves:
-            for place, sweep in enumerate(("length", "density")):
+            for place, sweep in enumerate(curves):
                 at = 1 - (top + _CURVE + place * (_CURVE + _GAP)) / high
                 _curve(figure.add_axes((9.25 / wide, at, 4.0 / wide, _CURVE / high)), results, sweep)
-            at = 1 - (top + 2 * (_CURVE + _GAP) + 1.0) / high
+            at = 1 - (top + right) / high
             _facts(figure.add_axes((9.25 / wide, at, 4.0 / wide, 1.0 / high)), results)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -156,10 +157,7 @@ def _curve(axes: Axes, results: Results, sweep: str) -> None:
     axes.tick_params(which="both", colors=QUIET, labelsize=8.5)
     axes.grid(which="major", color=RULE, lw=0.7)
     axes.set_ylabel("milliseconds", size=9, color=QUIET)
-    if sweep == "length":
-        _by_length(axes, rows)
-    else:
-        _by_density(axes, rows)
+    _SWEEPS[sweep](axes, rows)
 
 
 def _facts(axes: Axes, results: Results) -> None:
@@ -179,13 +177,20 @@ def _facts(axes: Axes, results: Results) -> None:
 
 
 def _by_length(axes: Axes, rows: Sequence[Measured]) -> None:
-    """Ours, SDPA with a mask, and the straight line of a cost that grows as the length does."""
     axes.set_title("The cost of a window grows with the length", loc="left", size=11, weight="bold", pad=12)
     axes.set_xlabel("length, with a causal window", size=9, color=QUIET)
-    for name, color, words, marker in (
-        ("native", BLUE, "native", "o"),
-        ("sdpa mask", ORANGE, "SDPA with the\nwindow as a mask", "s"),
-    ):
+    _lines(axes, rows, "sdpa mask", "SDPA with the\nwindow as a mask")
+
+
+def _by_steps(axes: Axes, rows: Sequence[Measured]) -> None:
+    axes.set_title("The cost of linear attention grows with the length", loc="left", size=11, weight="bold", pad=12)
+    axes.set_xlabel("length", size=9, color=QUIET)
+    _lines(axes, rows, "softmax", "causal softmax,\nour kernel too")
+
+
+def _lines(axes: Axes, rows: Sequence[Measured], peer: str, peer_words: str) -> None:
+    """Ours, a peer, and the straight line of a cost that grows as the length does."""
+    for name, color, words, marker in (("native", BLUE, "native", "o"), (peer, ORANGE, peer_words, "s")):
         points = [(row.queries, row.figures[name].middle) for row in rows if name in row.figures]
         known = [(x, y) for x, y in points if y is not None]
         if known:
@@ -250,3 +255,10 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     along = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
     return along / sum((x - mean_x) ** 2 for x in xs)
+
+
+_SWEEPS: dict[str, Callable[[Axes, Sequence[Measured]], None]] = {
+    "length": _by_length,
+    "density": _by_density,
+    "steps": _by_steps,
+}

@@ -7,13 +7,14 @@ from typing import TypeVar
 
 import torch
 
+from foveate.bench.linear import LinearRow
 from foveate.bench.models import ModelRow
 from foveate.bench.rows import Claim, Row, Work
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import bigbird, causal, chunks, longformer, window
 
-_Row = TypeVar("_Row", Row, ModelRow)
+_Row = TypeVar("_Row", Row, ModelRow, LinearRow)
 _F32, _BF16 = torch.float32, torch.bfloat16
 _SHRINK = 32  # how much shorter everything is in the quick table, which tests the benchmark and nothing else
 _NEVER_BEHIND = Claim("auto", "sdpa", 1.0, never_behind=True)

@@ -8,6 +8,7 @@ them. Gradients are compared whole.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +64,25 @@ class Truth:
         )
 
 
-def truth(row: Row, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> Truth:
-    """The truth of attention on these inputs."""
+def truth(
+    row: Row,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    upstream: Tensor,
+    *,
+    visible: Callable[[Tensor], Tensor | None] | None = None,
+) -> Truth:
+    """The truth of attention on these inputs; `visible`: what some rows see, if not what the row's pattern says."""
     rows = torch.arange(row.queries) if row.gradients else _some(row)
-    visible = _visible(row.pattern, row, rows)
+    seen = _visible(row.pattern, row, rows) if visible is None else visible(rows)
     parts = (q, k, v, upstream)
     names = ("out", "dQ", "dK", "dV") if row.gradients else ("out",)
     wide = tuple(x.detach().double() for x in parts)
-    wanted = _plain(row, wide, visible, rows)
-    plain = _plain(row, tuple(x.detach() for x in parts), visible, rows)
+    wanted = _plain(row, wide, seen, rows)
+    plain = _plain(row, tuple(x.detach() for x in parts), seen, rows)
     allowed = [
-        (2 if name == "out" else 3) * float((rough.double() - true).abs().max()) + _rounding(row.dtype, true)
+        (2 if name == "out" else 3) * float((rough.double() - true).abs().max()) + rounding(row.dtype, true)
         for name, rough, true in zip(names, plain, wanted, strict=True)
     ]
     return Truth(names, rows, wanted, tuple(allowed))
@@ -87,7 +96,7 @@ def truth_of_looked(row: Row, q: Tensor, k: Tensor) -> Truth:
     shares, lse = scores.softmax(-1), scores.logsumexp(-1)
     rough = _scores(q, k, visible)
     bounds = [
-        2 * float((mine.double() - true).abs().max()) + _rounding(torch.float32, true)
+        2 * float((mine.double() - true).abs().max()) + rounding(torch.float32, true)
         for mine, true in ((rough.softmax(-1), shares), (rough.logsumexp(-1), lse))
     ]
     return Truth(("weights", "lse"), rows, (shares, lse), tuple(bounds), looks=True)
@@ -131,7 +140,8 @@ def _visible(pattern: Pattern | None, row: Row, rows: Tensor) -> Tensor | None:
     return pattern.visible(Pairs(batch, head, at, at + row.keys - row.queries, key, row.keys, heads=row.heads))
 
 
-def _rounding(dtype: torch.dtype, true: Tensor) -> float:
+def rounding(dtype: torch.dtype, true: Tensor) -> float:
+    """What rounding alone may take: 2·eps of the largest true value."""
     most = float(true.abs().max())
     # An output is a mean of many values, far below 1: in a narrow dtype 2·eps alone would forgive many keys lost.
     return 2 * torch.finfo(dtype).eps * (max(1.0, most) if dtype == torch.float32 else most)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
-from foveate.softmax.native import _DTYPES, _matrix, _readable
+from foveate.primitives import readable
+from foveate.softmax.native import _DTYPES, NO_LISTS, _matrix
 
 try:
     from foveate import _native
@@ -127,7 +128,7 @@ def plan(
     seen = _seen(mask, causal, queries, k.shape[2])
     if slower(q.dtype, queries, seen.computed, grouped=shares):
         return None, SLOWER
-    return Plan(_readable(q), _readable(k), _readable(v), seen), ""
+    return Plan(readable(q), readable(k), readable(v), seen), ""
 
 
 def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Seen:
@@ -180,8 +181,8 @@ def gradients(
     scale: float | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
-    call = Plan(_readable(q), _readable(k), _readable(v), _seen(mask, causal, q.shape[2], k.shape[2]))
-    d_out, out, lse = _readable(d_out), _readable(out), lse.contiguous()
+    call = Plan(readable(q), readable(k), readable(v), _seen(mask, causal, q.shape[2], k.shape[2]))
+    d_out, out, lse = readable(d_out), readable(out), lse.contiguous()
     found = [torch.zeros(x.shape, dtype=torch.float32, device="cpu") for x in (q, k, v)]
     dq, dk, dv = (x.data_ptr() for x in found)
     _native.backward(*_call(call, scale, out, lse), _matrix(d_out), 0, (dq, dk, dv), (0, 0, 0, 0, 0), (0, 1))
@@ -196,7 +197,7 @@ def _call(plan: Plan, scale: float | None, out: Tensor, lse: Tensor) -> tuple[ob
     return (
         _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
         (batch, heads, key_heads, queries, keys, dim, value_dim), 1 / math.sqrt(dim) if scale is None else scale,
-        (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, "",
+        (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, NO_LISTS, "",
         torch.get_num_threads(),
     )  # fmt: skip
 

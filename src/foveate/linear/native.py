@@ -1,12 +1,12 @@
 """Foveate's own CPU kernels for linear attention: chunks forward and backward, and single steps, in float32.
 
-No compiler is needed at run time. q, k, v, decay and beta are read where they are, by their strides; bfloat16 and float16
-are widened as they come. What `chunked` says about exponents holds here too. `native/linear*.hpp` hold the C++.
+No compiler is needed at run time. q, k, v, decay and beta are read where they are, by their strides; bfloat16 and
+float16 are widened as they come. What `chunked` says about exponents holds here too. `native/linear*.hpp` hold the C++.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,32 +45,19 @@ def refuses(problem: LinearProblem) -> list[str]:
 
 
 def run(problem: LinearProblem) -> tuple[Tensor, Tensor]:
-    """(out `[B, Hq, Nq, Dv]`, the last state `[B, Hk, Dk, Dv]`): out in the caller's dtype, or before a division float32."""
+    """(out `[B, Hq, Nq, Dv]`, the last state `[B, Hk, Dk, Dv]`): out in the caller's dtype, or float32."""
     return _run(problem)
-
-
-class _Options(NamedTuple):
-    """What crosses into the operators beside tensors."""
-
-    scale: float
-    delta_rule: bool
-    reads: bool
-    narrow: bool  # out in the dtype of v, and not in float32
-    saves: bool
-    kernel: str
-    threads: int
 
 
 def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
-    options = _Options(
-        problem.scale, problem.delta_rule, problem.causal, not problem.normalize and problem.v.dtype == problem.dtype,
-        problem.needs_gradient, kernel, threads,
-    )  # fmt: skip
     q = problem.q if problem.causal else problem.q[:, :, :0]
-    tensors = q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state
-    run = _forward if _is_plain(problem) else _forward_op
-    out, last, _ = run(*tensors, *options)
+    trains, narrow = problem.needs_gradient, not problem.normalize and problem.v.dtype == problem.dtype
+    run = _forward if _is_plain(problem, trains) else _forward_op
+    out, last, _ = run(
+        q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state, problem.scale,
+        problem.delta_rule, problem.causal, narrow, trains, kernel, threads,
+    )  # fmt: skip
     if not problem.causal:  # every query reads the last state: a product of torch
         group = problem.q.shape[1] // max(problem.k.shape[1], 1)
         rows = (problem.q.to(last.dtype) * problem.scale).unflatten(1, (problem.k.shape[1], group))
@@ -78,13 +65,13 @@ def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Te
     return out, last
 
 
-def _is_plain(problem: LinearProblem) -> bool:
+def _is_plain(problem: LinearProblem, trains: bool) -> bool:
     """Whether no graph, derivative or mode of torch is at work that would have to know of an operator."""
     return (
-        not torch.compiler.is_compiling()
+        not trains
+        and not torch.compiler.is_compiling()
         and type(problem.q) is type(problem.k) is type(problem.v) is Tensor
         and not problem.q.is_meta
-        and not problem.needs_gradient
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
@@ -108,8 +95,8 @@ def _forward(
     if not (k.numel() and v.numel()):
         return out.zero_(), state.clone(memory_format=torch.contiguous_format), torch.empty(_saved_shape(k, v, False))
     last, saved = torch.empty(state.shape), torch.empty(_saved_shape(k, v, saves))
-    held = _Held(q, k, v, decay, beta, resets, state)
-    _native.linear(*held.arguments(out, last, saved, scale, delta_rule, reads, kernel, threads))
+    held = _Held(q, k, v, decay, beta, resets, state)  # named, so that it lives until the kernel is done
+    _native.linear(*held.arguments(out, last, saved if saves else None, scale, delta_rule, reads, kernel, threads))
     return out, last, saved
 
 
@@ -126,19 +113,19 @@ class _Held:
         self.resets = None if resets is None else resets.contiguous()
 
     def arguments(
-        self, out: Tensor, last: Tensor, saved: Tensor, scale: float, delta_rule: bool, reads: bool, kernel: str,
-        threads: int,
+        self, out: Tensor, last: Tensor, saved: Tensor | None, scale: float, delta_rule: bool, reads: bool,
+        kernel: str, threads: int,
     ) -> tuple[Any, ...]:  # fmt: skip
         """What `_native.linear` and its gradient take first."""
         batch, heads, steps, dim = self.k.shape
         width = self.v.shape[3]
-        resets = (0, 0) if self.resets is None else (self.resets.data_ptr(), _step(self.resets, 0))
+        resets = (0, 0) if self.resets is None else (self.resets.data_ptr(), _strides(self.resets)[0])
         return (
             (_numbers(self.q), _numbers(self.k), _numbers(self.v), _numbers(out)),
             (batch, self.q.shape[1], heads, steps, dim, width), scale,
             (delta_rule, reads, self.decay is not None and self.decay.shape[3] > 1),
             (_gate(self.decay), _gate(self.beta)), resets,
-            (self.state.data_ptr(), last.data_ptr(), saved.data_ptr() if saved.numel() else 0, _segment(width)),
+            (self.state.data_ptr(), last.data_ptr(), 0 if saved is None else saved.data_ptr(), _segment(width)),
             kernel, threads or torch.get_num_threads(),
         )  # fmt: skip
 
@@ -150,7 +137,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, state, and of decay and beta where there are any."""
     gates = [x for x in (decay, beta) if x is not None]
-    batch, heads, steps, dim = k.shape
+    batch, heads, steps, _ = k.shape
     width = v.shape[3]
     if not (k.numel() and v.numel()):
         d_state = torch.zeros(state.shape) if d_last is None else d_last.clone()
@@ -264,14 +251,14 @@ _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
-def _step(x: Tensor, axis: int) -> int:
-    """The stride of an axis, 0 where one entry stands for all."""
-    return 0 if x.shape[axis] == 1 else x.stride(axis)
+def _strides(x: Tensor) -> list[int]:
+    """The strides, 0 where one entry stands for all."""
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
-def _gate(x: Tensor | None) -> tuple[int, int, int, int]:
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), _step(x, 0), _step(x, 1), _step(x, 2))
+def _gate(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *_strides(x)[:3])
 
 
-def _numbers(x: Tensor) -> tuple[int, int, int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), _DTYPES[x.dtype]
+def _numbers(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.stride()[:3], _DTYPES[x.dtype]

@@ -30,7 +30,7 @@ from foveate.naming import Format, Names
 from foveate.nn import Block, GatedFeedForward, PreNorm, Rotary, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal, window
-from foveate.rope import SCALING, check_length, upgraded, upgraded_by_type
+from foveate.rope_settings import SCALING, check_length, upgraded, upgraded_by_type
 from foveate.rotary import Linear, Scaling
 from foveate.score import softcap
 

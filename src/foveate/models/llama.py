@@ -28,7 +28,7 @@ from foveate.naming import Format, Names
 from foveate.nn import Block, GatedFeedForward, PreNorm, Rotary, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal, window
-from foveate.rope import SCALING, check_length, upgraded
+from foveate.rope_settings import SCALING, check_length, upgraded
 from foveate.rotary import Llama3, Scaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"

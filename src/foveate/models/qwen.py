@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.models.llama import FULL, SLIDING, Config, format_of, heads
-from foveate.rope import upgraded
+from foveate.rope_settings import upgraded
 
 PRESETS = {
     "qwen2-0.5b": Config(

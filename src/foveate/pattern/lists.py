@@ -23,7 +23,7 @@ _ASKED_AT_ONCE = 1 << 20  # keys of lists, with their index tensors
 
 @dataclass(frozen=True)
 class Lists:
-    """indices `[batch or 1, heads, queries or 1, k]` of blocks of `block` keys, int32 or int64, with a unit last stride."""
+    """indices `[batch or 1, heads, queries or 1, k]` of blocks of `block` keys: int32 or int64, the last stride 1."""
 
     indices: Tensor
     block: int

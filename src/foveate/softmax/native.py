@@ -38,6 +38,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
 _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
+NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
+
 
 def refuses(problem: Problem) -> list[str]:
     """Every reason for which the kernels cannot compute this."""
@@ -195,7 +197,7 @@ class _Call:
         given, (batch, heads, _, queries, keys) = self.given, self.sizes[:5]
         terms = self.score.biases if self.score else ()
         wanted = any(wish for term, wish in zip(terms, gradients, strict=False) if hasattr(term, "collect"))
-        if self.bias is not None or given.dropout or wanted or self.pages[0]:
+        if self.bias is not None or given.dropout or wanted or self.pages[0] or keys >= 1 << 31:
             return None
         return listed(given.pattern, given.held, batch, heads, queries, keys, self.position)
 
@@ -207,7 +209,7 @@ class _Call:
         given, bias, distances = self.given, self.bias, self.distances
         batch, heads, _, queries, keys = self.sizes[:5]
         tiles_at = (0, 0, 0, 0, 1, 1)
-        limits, chosen_at = (given.lengths, given.left, given.right), (0, 0, 0, 0, 0, 1, 1, 8, 0)
+        limits, chosen_at = (given.lengths, given.left, given.right), NO_LISTS
         if lists is not None:
             limits, chosen_at = self._chosen(lists)
         elif given.pattern:
@@ -235,15 +237,15 @@ class _Call:
         table = lists.indices
         sides = (_NO_LIMIT if side is None else min(side, _FAR) for side in (lists.reach.left, lists.reach.right))
         return (lists.reach.lengths, *sides), (  # type: ignore[return-value]
-            table.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1], table.element_size(),
-            self.outside.data_ptr(),
+            table.data_ptr() or self.outside.data_ptr(), *_steps(table, 3), table.shape[3], lists.block, table.shape[1],
+            table.element_size(), self.outside.data_ptr(),
         )  # fmt: skip
 
     def check_lists(self) -> None:
-        """Raise `InvalidInput` if the kernel found a number in a list that is no key's; it has read nothing there."""
+        """Raise `InvalidInput` if a list holds a number that is no key's; the kernel has read nothing there."""
         if self.outside:
             raise InvalidInput(
-                f"{self.given.pattern} lists keys that are not there: wanted −1 for none, and keys below {self.sizes[4]}"
+                f"{self.given.pattern} lists what is not there beside {self.sizes[4]} keys: wanted −1 for none"
             )
 
     def _distances(self) -> Tensor | None:
@@ -275,7 +277,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+    # Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it.
+    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
@@ -307,8 +310,8 @@ def _backward(
             d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out), d_lse.data_ptr(),
-            (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
+            d_lse.data_ptr(), (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
         )  # fmt: skip
@@ -347,7 +350,8 @@ def _forward_op(
 @_forward_op.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return q.new_empty(*q.shape[:3], v.shape[3]), lse, rest
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, lse, rest
 
 
 @torch.library.custom_op("foveate::native_backward", mutates_args=(), device_types="cpu")
