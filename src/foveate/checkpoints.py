@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from foveate.errors import InvalidInput, unknown_name
 from foveate.models import FAMILIES, formats
-from foveate.naming import Entry, Format, Plan, config_from, config_to, matches, plan
-from foveate.saving import CONFIG, write_folder
+from foveate.naming import Entry, Format, Plan, config_from, config_to, generation_to, matches, plan
+from foveate.saving import CONFIG, GENERATION, write_folder
 from foveate.tensorfiles import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, Stored, Written, listed, read_json, stored_in
 from foveate.values import whole
 
@@ -95,7 +95,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_s
         written["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if target.is_dir():
         _check_free(target, form, architecture, model.config)
-    write_folder(target, tensors, written, shard_size)
+    settings = generation_to(form, model.config) if hasattr(model, "generate") else {}
+    write_folder(target, tensors, written, settings, shard_size)
 
 
 class _Hollow(TorchFunctionMode):
@@ -126,9 +127,13 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
             f"{name} is no folder here; to look for it on the hub: pip install huggingface_hub"
         ) from None
     try:
-        found = Path(snapshot_download(name, allow_patterns=[CONFIG, SINGLE, INDEX, "model-*.safetensors"]))
+        found = Path(snapshot_download(name, allow_patterns=[CONFIG, GENERATION, SINGLE, INDEX, "model-*.safetensors"]))
         if not any((found / file).exists() for file in (SINGLE, INDEX)):
-            found = Path(snapshot_download(name, allow_patterns=[CONFIG, SINGLE_BIN, INDEX_BIN, "pytorch_model-*.bin"]))
+            found = Path(
+                snapshot_download(
+                    name, allow_patterns=[CONFIG, GENERATION, SINGLE_BIN, INDEX_BIN, "pytorch_model-*.bin"]
+                )
+            )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(f"{name} is no folder here, and the hub does not give it: {reason}") from None
@@ -150,7 +155,8 @@ def _described(folder: Path) -> tuple[Format, str, Any]:
     architecture = said[0] if isinstance(said, list) and isinstance(said[0], str) else str(said)
     if architecture not in form.architectures:
         raise unknown_name(f"architecture of {kind}", architecture, form.architectures)
-    return form, architecture, config_from(form, kind, found)
+    settings = read_json(folder / GENERATION) if form.generation and (folder / GENERATION).is_file() else {}
+    return form, architecture, config_from(form, kind, found, settings)
 
 
 def _matched(

@@ -6,6 +6,7 @@ from foveate.naming import Format
 
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
+    "bart": "bart",
     "bert": "bert",
     "clip": "clip",
     "deit": "vit",
@@ -16,10 +17,12 @@ FAMILIES = {
     "gemma3_text": "gemma",
     "gpt2": "gpt2",
     "llama": "llama",
+    "marian": "marian",
     "mistral": "llama",
     "qwen2": "qwen",
     "qwen3": "qwen",
     "roberta": "roberta",
+    "t5": "t5",
     "vit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "roberta",
