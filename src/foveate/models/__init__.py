@@ -17,6 +17,7 @@ FAMILIES = {
     "gemma3_text": "gemma",
     "gpt2": "gpt2",
     "llama": "llama",
+    "llava": "llava",
     "marian": "marian",
     "mistral": "llama",
     "qwen2": "qwen",

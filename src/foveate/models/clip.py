@@ -29,6 +29,7 @@ from foveate.values import describe
 
 Ids = Int[Tensor, "texts length"]
 Pixels = Float[Tensor, "images channels height width"]
+Patches = Float[Tensor, "images tokens dim"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -129,16 +130,16 @@ class Image(nn.Module):
         self.blocks = nn.ModuleList(block(*sizes) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, config.epsilon)  # for the class alone
 
-    def forward(self, pixels: Pixels, pattern: Pattern | None = None) -> Float[Tensor, "images tokens dim"]:
-        """The class, then the patches row by row; positions are stretched over images of another size."""
+    def forward(self, pixels: Pixels, pattern: Pattern | None = None, *, blocks: int | None = None) -> Patches:
+        """The class, then the patches row by row, after so many blocks; positions are stretched over other sizes."""
         size, (batch, channels, height, width) = self.config.patch, pixels.shape
         if channels != self.config.channels or height % size or width % size:
             wanted = f"{self.config.channels} channels, and sides that are multiples of {size}"
             raise InvalidInput(f"pixels is {describe(pixels)}: wanted {wanted}")
-        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).mT
-        x = torch.cat([self.class_token.expand(batch, 1, -1), patches], 1)
-        x = self.first_norm(x + self.positions(height // size, width // size))
-        for layer in self.blocks:
+        x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).mT
+        x = torch.cat([self.class_token.expand(batch, 1, -1), x], 1) + self.positions(height // size, width // size)
+        x = self.first_norm(x)
+        for layer in self.blocks[:blocks]:
             x = layer(x, pattern)
         y: Tensor = x
         return y
