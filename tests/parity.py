@@ -39,6 +39,7 @@ class Case:
     sharp: tuple[str, ...] = ("q_proj", "k_proj")
     mask: tuple[str, ...] = ("attention_mask",)
     dull: tuple[str, ...] = field(default=())  # their names of parameters whose gradient is nothing but rounding
+    absent: frozenset[str] = frozenset()  # their names of what is worked out, and which ours are written without
 
 
 def check(case: Case, folder: Path) -> None:
@@ -54,24 +55,32 @@ def check(case: Case, folder: Path) -> None:
         _same(case, ours, theirs, inputs)
     fv.save_pretrained(ours, folder / "ours")
     back, news = type(theirs).from_pretrained(folder / "ours", output_loading_info=True)
+    assert set(news.pop("missing_keys")) == case.absent
     assert not any(news.values()), news
     want, found = theirs.state_dict(), back.state_dict()
     assert want.keys() == found.keys()
     assert [key for key in want if not torch.equal(want[key], found[key])] == []
-    left, right = ({k: v for k, v in model.config.to_dict().items() if k not in PASSING} for model in (theirs, back))
-    assert left == right
+    assert _lasting(theirs.config.to_dict()) == _lasting(back.config.to_dict())
 
 
 def _random(model: nn.Module) -> nn.Module:
     """Weights of which each counts: biases are not 0, scales not 1, and what a nonlinearity is given is not small."""
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue  # worked out, not learned
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
             elif parameter.dim() > 1:
                 rows, columns = parameter.shape[0], parameter[0].numel()
                 parameter.normal_(0, (2 / (rows + columns)) ** 0.5)
     return model
+
+
+def _lasting(said: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of the model, in its parts too, and not of the moment."""
+    kept = {key: value for key, value in said.items() if key not in PASSING}
+    return {key: _lasting(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 PASSING = ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "dtype", "architectures")
@@ -184,3 +193,39 @@ def _gradients(model: nn.Module) -> dict[str, tuple[Tensor | None, list[str]]]:
         made = None if any(x is None for x in parts.values()) else checkpoints._made(entry, parts).make()
         found[theirs] = made, [alias for alias, main in table.aliases.items() if main == theirs]
     return found
+
+
+def check_translation(case: Case, folder: Path, new: int, settings: Mapping[str, Any] | None = None) -> None:
+    """Assert that an encoder and decoder write Hugging Face's tokens: padded sources and not, and where a text ends.
+
+    `settings` are more of generation_config.json; Hugging Face writes the same from the folder that we write.
+    """
+    ids, mask = case.inputs()["input_ids"], case.inputs()["attention_mask"]
+    plain = {"max_new_tokens": new, "do_sample": False, "num_beams": 1}
+    for seed in range(10):  # some random models say one word for ever
+        torch.manual_seed(seed)
+        theirs = _random(case.make()).eval()
+        with torch.no_grad():
+            for key, parameter in theirs.named_parameters():
+                if any(part in key for part in case.sharp) and parameter.dim() > 1:
+                    parameter.mul_(3)
+                elif key.endswith("norm.weight"):
+                    parameter.normal_()  # else a word that is tied says itself again
+        theirs.generation_config.update(**(settings or {}))
+        made = theirs.generate(ids, attention_mask=mask, eos_token_id=None, **plain)[:, 1:]
+        ends = [token for token in made[0, 2:-1].tolist() if token not in made[1]]
+        if ends and all(len(set(row.tolist())) > 4 for row in made):
+            break
+    else:
+        raise AssertionError("the texts are too dull to tell anything")
+    end = ends[0]
+    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = end
+    theirs.save_pretrained(folder / "theirs")
+    ours = fv.from_pretrained(folder / "theirs")
+    fv.save_pretrained(ours, folder / "ours")
+    back = type(theirs).from_pretrained(folder / "ours")
+    for keep in (mask, torch.ones_like(mask)):
+        want = theirs.generate(ids, attention_mask=keep, **plain)
+        assert torch.equal(ours.generate(ids, new=new, keep=keep.bool() if keep is mask else None), want)
+        assert torch.equal(back.generate(ids, attention_mask=keep, **plain), want)
+    assert (want[0, -1] == theirs.config.pad_token_id).any(), "no text ended before another"

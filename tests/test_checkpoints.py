@@ -19,7 +19,7 @@ from torch import nn
 
 import foveate as fv
 from foveate import checkpoints, tensorfiles
-from foveate.models import gpt2
+from foveate.models import gpt2, llama
 
 CONFIG = gpt2.Config(vocabulary=13, positions=11, dim=6, layers=2, heads=2, hidden=10)
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -506,3 +506,47 @@ def test_the_progress_bar_is_for_terminals_with_rich(monkeypatch: pytest.MonkeyP
     assert checkpoints._shown([1, 2], "Loading") != [1, 2]
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert checkpoints._shown([1, 2], "Loading") == [1, 2]
+
+
+LLAMA = llama.LanguageModel, llama.Config(vocabulary=5000, dim=1024, layers=19, heads=16, hidden=2730)
+GPT2 = gpt2.LanguageModel, gpt2.Config(vocabulary=5000, dim=1024, layers=19, heads=16, tied=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a while is asked of Linux")
+@pytest.mark.parametrize(("kind", "opening"), [(LLAMA, 0.05), (GPT2, 1.05)])
+def test_opening_a_gigabyte_makes_no_second_copy(kind: Any, opening: float, folder: Path, tmp_path: Path) -> None:
+    """Most weights are the file's own pages; GPT-2's matrices lie the other way there, and each is copied once.
+
+    In a process of its own, the peak beyond what was held before: opened; all of it read; narrowed to two bytes.
+    """
+    module, config = kind
+    with torch.device("meta"):
+        model = module(config)
+    fv.save_pretrained(model.to_empty(device="cpu"), tmp_path / "large")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert 0.95e9 < size < 1.05e9
+    del model
+    program = f"""
+import torch
+import foveate as fv
+from foveate.bench.memory import peak, start
+
+fv.from_pretrained({str(folder)!r})  # what is loaded and started once
+large, before = {str(tmp_path / "large")!r}, start()
+model = fv.from_pretrained(large)
+opened = peak() - before
+for parameter in model.parameters():
+    parameter.detach().view(torch.uint8).max()
+read = peak() - before
+del model, parameter
+before = start()
+fv.from_pretrained(large, dtype=torch.bfloat16)
+print(opened, read, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opened, read, narrowed = (int(grown) / size for grown in done.stdout.split())
+    assert opened < opening
+    assert read < 1.05
+    assert narrowed < 0.75

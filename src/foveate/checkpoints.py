@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from foveate.errors import InvalidInput, unknown_name
 from foveate.models import FAMILIES, formats
-from foveate.naming import Entry, Format, Plan, config_from, config_to, matches, plan
-from foveate.saving import CONFIG, write_folder
+from foveate.naming import Entry, Format, Plan, config_from, config_to, generation_to, matches, plan
+from foveate.saving import CONFIG, GENERATION, write_folder
 from foveate.tensorfiles import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, Stored, Written, listed, read_json, stored_in
 from foveate.values import whole
 
@@ -95,7 +95,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_s
         written["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if target.is_dir():
         _check_free(target, form, architecture, model.config)
-    write_folder(target, tensors, written, shard_size)
+    settings = generation_to(form, model.config) if hasattr(model, "generate") else {}
+    write_folder(target, tensors, written, settings, shard_size)
 
 
 class _Hollow(TorchFunctionMode):
@@ -126,9 +127,13 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
             f"{name} is no folder here; to look for it on the hub: pip install huggingface_hub"
         ) from None
     try:
-        found = Path(snapshot_download(name, allow_patterns=[CONFIG, SINGLE, INDEX, "model-*.safetensors"]))
+        found = Path(snapshot_download(name, allow_patterns=[CONFIG, GENERATION, SINGLE, INDEX, "model-*.safetensors"]))
         if not any((found / file).exists() for file in (SINGLE, INDEX)):
-            found = Path(snapshot_download(name, allow_patterns=[CONFIG, SINGLE_BIN, INDEX_BIN, "pytorch_model-*.bin"]))
+            found = Path(
+                snapshot_download(
+                    name, allow_patterns=[CONFIG, GENERATION, SINGLE_BIN, INDEX_BIN, "pytorch_model-*.bin"]
+                )
+            )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(f"{name} is no folder here, and the hub does not give it: {reason}") from None
@@ -150,7 +155,8 @@ def _described(folder: Path) -> tuple[Format, str, Any]:
     architecture = said[0] if isinstance(said, list) and isinstance(said[0], str) else str(said)
     if architecture not in form.architectures:
         raise unknown_name(f"architecture of {kind}", architecture, form.architectures)
-    return form, architecture, config_from(form, kind, found)
+    settings = read_json(folder / GENERATION) if form.generation and (folder / GENERATION).is_file() else {}
+    return form, architecture, config_from(form, kind, found, settings)
 
 
 def _matched(
@@ -161,9 +167,9 @@ def _matched(
     told: dict[str, str] = {}
     unexpected, twice = [], []
     for name, tensor in stored.items():
-        known = next((n for n in _spellings(name, form.prefix) if n in wanted.entries or n in wanted.aliases), None)
+        known = next((n for n in _spellings(name, form) if n in wanted.entries or n in wanted.aliases), None)
         if known is None:
-            if not any(matches(n, form.ignored) for n in _spellings(name, form.prefix)):
+            if not any(matches(n, form.ignored) for n in _spellings(name, form)):
                 unexpected.append(name)
         elif known in told:
             twice.append(f"{name} beside {told[known]}")
@@ -186,12 +192,13 @@ def _matched(
     return found
 
 
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """A name as it is, with and without the prefix of the base model, and as it was called before 2019."""
+def _spellings(name: str, form: Format) -> Iterator[str]:
+    """A name as it is, with and without the prefix of the base model, and as older files have it."""
     modern = name.removesuffix(".gamma") + ".weight" if name.endswith(".gamma") else name
     modern = name.removesuffix(".beta") + ".bias" if name.endswith(".beta") else modern
-    for spelled in dict.fromkeys((name, modern)):
-        yield from (spelled, prefix + spelled, spelled.removeprefix(prefix))
+    older = [now + modern.removeprefix(then) for then, now in form.older.items() if modern.startswith(then)]
+    for spelled in dict.fromkeys((name, modern, *older)):
+        yield from (spelled, form.prefix + spelled, spelled.removeprefix(form.prefix))
 
 
 def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:

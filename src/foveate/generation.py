@@ -28,6 +28,9 @@ def greedy(
     end: int | Collection[int] | None = None,
     pad: int | None = None,
     positions: int | None = None,
+    first: int | None = None,
+    last: int | None = None,
+    never: Collection[int] = (),
 ) -> Int[Tensor, "batch longer"]:
     """`tokens` and up to `new` more, each the likeliest after those before it.
 
@@ -38,6 +41,9 @@ def greedy(
         end: the token (or tokens) after which a text is over; the rest of its row is `pad`.
         pad: None = the first of `end`.
         positions: how many the decoder has; None = any number.
+        first: what the first new token is, whatever the scores say.
+        last: what the last of `new` tokens is, in a row that is not over.
+        never: tokens that are not chosen.
 
     It stops when every row is over or `new` tokens have come.
 
@@ -50,10 +56,15 @@ def greedy(
     fill = pad if pad is not None else ends[0] if ends else 0
     places = None if keep is None else (keep.long().cumsum(1) - 1).clamp(min=0)
     step = tokens
-    for _ in range(new):
+    for n in range(new):
         seen = None if keep is None else padding(keep)
         hidden = decoder(step, seen, positions=places, cache=cache)
-        chosen = logits(hidden[:, -1:]).argmax(-1).masked_fill(over[:, None], fill)
+        scores = logits(hidden[:, -1:])
+        if never:
+            scores = scores.index_fill(-1, torch.tensor(list(never), device=scores.device), -torch.inf)
+        forced = last if n == new - 1 and last is not None else first if n == 0 else None
+        chosen = scores.argmax(-1) if forced is None else torch.full_like(step[:, -1:], forced)
+        chosen = chosen.masked_fill(over[:, None], fill)
         tokens = torch.cat([tokens, chosen], 1)
         over = over | torch.isin(chosen[:, 0], torch.tensor(ends, device=tokens.device, dtype=tokens.dtype))
         if bool(over.all()):

@@ -42,15 +42,17 @@ class Format:
     config: type
     architectures: Mapping[str, type[nn.Module]]
     fields: Mapping[str, str]  # of our Config → in config.json; a dot leads into an object in it
-    names: Names
+    names: Names | Callable[[Any], Names]  # or of a Config
     heads: Names = field(default_factory=dict)
     prefix: str = ""
     fixed: Mapping[str, object] = field(default_factory=dict)  # in config.json: the only value (a tuple: values) it has
     implied: Mapping[str, object] = field(default_factory=dict)  # of our Config: what no config.json of this kind says
     codecs: Mapping[str, Codec] = field(default_factory=dict)  # of our Config: fields that are written otherwise
+    generation: tuple[str, ...] = ()  # of our Config: what generation_config.json may say better
     also: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # in config.json: said outright instead
     defaults: Mapping[str, object] = field(default_factory=dict)  # in config.json, where it says nothing
     transposed: tuple[str, ...] = ()  # their names of matrices that are [in, out]
+    older: Mapping[str, str] = field(default_factory=dict)  # how their names began in older files → as they begin now
     ignored: tuple[str, ...] = ()  # their names of tensors without meaning: old buffers, the heads of pretraining
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found  # from what older files say
 
@@ -82,7 +84,8 @@ class Plan:
 def plan(model: nn.Module, form: Format) -> Plan:
     """The tensors that this very model is written as, by their names there."""
     has_body = hasattr(model, "body")
-    table = dict(prefixed(form.prefix, "body.", form.names)) if has_body else dict(form.names)
+    names = form.names(model.config) if callable(form.names) else form.names
+    table = dict(prefixed(form.prefix, "body.", names)) if has_body else dict(names)
     if has_body:
         table |= form.heads
     lines = [
@@ -130,9 +133,10 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 NEVER = ("auto_map", "trust_remote_code", "torch_dtype", "dtype", "transformers_version", "model_type", "architectures")
 
 
-def config_from(form: Format, kind: str, found: Mapping[str, Any]) -> Any:
-    """The Config that a config.json stands for; what it says beside is kept in `other`."""
+def config_from(form: Format, kind: str, found: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+    """The Config that a config.json and a generation_config.json stand for; what the first says beside is `other`."""
     said = {**form.defaults, **form.upgrade(dict(found))}
+    said |= {key: generation[key] for key in (form.fields[name] for name in form.generation) if key in generation}
     if "num_labels" in form.fields.values() and isinstance(said.get("id2label"), dict):
         said["num_labels"] = len(said["id2label"])
     for key, wanted in form.fixed.items():
@@ -178,6 +182,13 @@ def config_to(form: Format, config: Any) -> dict[str, Any]:
     if "id2label" in written:
         written.pop("num_labels", None)
     return {**written, **form.also(config)}
+
+
+def generation_to(form: Format, config: Any) -> dict[str, Any]:
+    """What generation_config.json says of a Config; empty where config.json says it all."""
+    said = config_to(form, config)
+    keys = [form.fields[name] for name in form.generation]
+    return {key: said[key] for key in ("bos_token_id", *keys) if keys and said.get(key) is not None}
 
 
 def _at(found: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:

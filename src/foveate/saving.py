@@ -13,10 +13,16 @@ from typing import Any
 from foveate.errors import InvalidInput
 from foveate.tensorfiles import INDEX, SINGLE, Written, read_json, shards, write_safetensors
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
-def write_folder(target: Path, tensors: Mapping[str, Written], config: Mapping[str, Any], shard_size: int) -> None:
+def write_folder(
+    target: Path,
+    tensors: Mapping[str, Written],
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    shard_size: int,
+) -> None:
     """A checkpoint into a folder that is not there, holds none, or holds an older one of the same model."""
     fresh = not target.exists()
     parent = target.parent if fresh else target
@@ -24,6 +30,8 @@ def write_folder(target: Path, tensors: Mapping[str, Written], config: Mapping[s
     aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=parent))
     try:
         _write(aside, tensors, config, shard_size, fresh=fresh)
+        if generation:
+            _write_json(aside / GENERATION, generation)
         if fresh:
             aside.chmod(0o777 & ~_umask())
             aside.rename(target)

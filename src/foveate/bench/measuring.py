@@ -24,6 +24,7 @@ from foveate.errors import Unsupported
 
 _TURN = 0.002  # seconds: long beside the clock, and beside threads that still spin for whoever ran before
 _FEWEST, _MOST = 5, 100  # turns of a run
+_LONG = 1.0  # seconds: a turn that takes longer is no matter of luck, and is taken once a run
 _NOISE = 0.05  # "never behind" forgives what the A/A shows, and no more than this
 AGAIN = "again"  # the first peer once more
 
@@ -116,7 +117,7 @@ def medians(turns: Mapping[str, Turn], seconds: float) -> dict[str, float]:
         once = _seconds(turn, 1)
         calls[name] = max(1, min(200, round(_TURN / once)))
         slowest = max(slowest, once * calls[name])
-    rounds = max(_FEWEST, min(_MOST, int(seconds / slowest)))
+    rounds = max(_FEWEST if slowest < _LONG else 1, min(_MOST, int(seconds / slowest)))
     times: dict[str, list[float]] = {name: [] for name in turns}
     collected = gc.isenabled()
     gc.disable()

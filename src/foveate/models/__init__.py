@@ -6,7 +6,9 @@ from foveate.naming import Format
 
 # The `model_type` of config.json → the file that computes it.
 FAMILIES = {
+    "bart": "bart",
     "bert": "bert",
+    "clip": "clip",
     "deit": "vit",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
@@ -15,11 +17,15 @@ FAMILIES = {
     "gemma3_text": "gemma",
     "gpt2": "gpt2",
     "llama": "llama",
+    "llava": "llava",
+    "marian": "marian",
     "mistral": "llama",
     "qwen2": "qwen",
     "qwen3": "qwen",
     "roberta": "roberta",
+    "t5": "t5",
     "vit": "vit",
+    "whisper": "whisper",
     "xlm-roberta": "roberta",
 }
 

@@ -75,7 +75,6 @@ class Config:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Of every layer: `layer_types`, or everything once in a period."""
         return self.layer_types or tuple(SLIDING if (n + 1) % self.period else FULL for n in range(self.layers))
 
 
@@ -231,6 +230,7 @@ FIELDS = {
 FIXED = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": (None, False)}
 COMMON: dict[str, Any] = {
     "config": Config, "names": NAMES, "heads": {"lm_head.weight": "head.weight"}, "prefix": "model.",
+    "generation": ("end",),
     "codecs": {"scaling": SCALING}, "also": lambda config: {"layer_types": config.types},
 }  # fmt: skip
 

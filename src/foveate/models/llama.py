@@ -230,7 +230,7 @@ def format_of(name: str, fields: Mapping[str, str], **values: Any) -> Format:
         architectures={f"{name}{part}": made for part, made in HEADS.items()},
         fields={**FIELDS, **fields}, fixed={"hidden_act": "silu"}, codecs={"scaling": SCALING},
         names=NAMES, heads={"lm_head.weight": "head.weight", "score.weight": "score.weight"}, prefix="model.",
-        ignored=("layers.*.self_attn.rotary_emb.inv_freq",), **usual | values,
+        generation=("end",), ignored=("layers.*.self_attn.rotary_emb.inv_freq",), **usual | values,
     )  # fmt: skip
 
 
