@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import foveate as fv
 from foveate.integrations import fused
 from foveate.integrations.torch import _STATE
+from foveate.softmax import native
+from foveate.softmax.native import Lead
 
 SDPA = F.scaled_dot_product_attention
 INF = float("inf")
@@ -34,8 +36,8 @@ def _nothing_stays() -> Iterator[None]:
 
 def prefer(monkeypatch: pytest.MonkeyPatch, *, ours: bool) -> None:
     """Whatever our kernels can compute they do, be it slower; or nothing, be it faster."""
-    monkeypatch.setattr(fused, "slower", lambda *_, **__: not ours)
-    monkeypatch.setattr(fused, "slower_backward", lambda *_: not ours)
+    monkeypatch.setattr(fused, "leads_forward", lambda *_: ours)
+    monkeypatch.setattr(fused, "leads_backward", lambda *_: ours)
 
 
 @pytest.fixture
@@ -349,6 +351,48 @@ def test_what_is_slower_stays_with_pytorch_to_the_bit(monkeypatch: pytest.Monkey
         assert torch.equal(during, SDPA(*arguments, **options))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("queries", "key_heads", "lead", "ours"),
+    [
+        (67, 6, Lead(queries=67, gradient=0, shared=0), True),
+        (67, 6, Lead(queries=68, gradient=0, shared=0), False),
+        (1, 2, Lead(queries=0, gradient=0, shared=2 * 2 * 131 * 16), True),
+        (1, 2, Lead(queries=0, gradient=0, shared=2 * 2 * 131 * 16 + 1), False),
+        (1, 6, Lead(queries=0, gradient=0, shared=0), False),
+        (1, 6, Lead(queries=0, gradient=0, shared=0, alone=2 * 6 * 131 * 16), True),
+    ],
+)
+def test_one_table_says_where_the_kernels_lead(
+    queries: int, key_heads: int, lead: Lead, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's calls and our own read the same limits; for short calls of our own there is one more."""
+    monkeypatch.setitem(native.LEADS, torch.float32, lead)
+    monkeypatch.setattr(native, "_SHORT", 0)
+    q, k, v = qkv(queries=queries, key_heads=key_heads)
+    with fv.accelerate() as acceleration:
+        SDPA(q, k, v, enable_gqa=True)
+    assert bool(acceleration.report().foveate) == ours
+    assert (fv.explain(q, k, v).chosen == "native") == ours
+
+
+def test_gradients_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for limit, ours in ((67, True), (68, False)):
+        monkeypatch.setitem(native.LEADS, torch.float32, Lead(queries=0, gradient=limit, shared=0))
+        with fv.accelerate() as acceleration:
+            SDPA(q, k, v).sum().backward()
+        assert (("backward", "") in acceleration.report().foveate) == ours
+
+
+def test_bfloat16_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.bfloat16().requires_grad_() for x in qkv())
+    for has in (True, False):
+        monkeypatch.setattr(native, "has_pairs", lambda has=has: has)
+        with fv.accelerate() as acceleration:
+            SDPA(q, k, v).sum().backward()
+        assert bool(acceleration.report().foveate) == has
+
+
 def test_a_gradient_may_cross_the_end_of_an_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward on our kernel, backward on PyTorch's, and the other way round: what is saved means the same to both."""
     prefer(monkeypatch, ours=True)
@@ -638,6 +682,7 @@ def test_hugging_face_models(name: str) -> None:
     assert not acceleration.report().pytorch
 
 
+@pytest.mark.usefixtures("_ours")
 def test_grouped_heads_are_decoded_on_our_kernels() -> None:
     """`generate()` with a cache: the prompt, then one query for each token, its keys read once for all their heads."""
     model, _ = hugging_face()["llama"]

@@ -75,8 +75,8 @@ def assert_alike(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_accelerate_reaches_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
+    monkeypatch.setattr(fused, "leads_forward", lambda *_: True)
+    monkeypatch.setattr(fused, "leads_backward", lambda *_: True)
     before = results(name)
     with fv.accelerate() as acceleration:
         during = results(name)

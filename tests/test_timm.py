@@ -142,8 +142,8 @@ def test_what_the_page_shows_runs() -> None:
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_accelerate_reaches_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Swin calls PyTorch's attention where `set_fused_attn(True, experimental=True)` asks for it."""
-    monkeypatch.setattr(fused, "slower", lambda *_, **__: False)
-    monkeypatch.setattr(fused, "slower_backward", lambda *_: False)
+    monkeypatch.setattr(fused, "leads_forward", lambda *_: True)
+    monkeypatch.setattr(fused, "leads_backward", lambda *_: True)
     timm = load_timm()
     if name == "vit":
         model, x = made(), picture()

@@ -167,9 +167,9 @@ def _matched(
     told: dict[str, str] = {}
     unexpected, twice = [], []
     for name, tensor in stored.items():
-        known = next((n for n in _spellings(name, form.prefix) if n in wanted.entries or n in wanted.aliases), None)
+        known = next((n for n in _spellings(name, form) if n in wanted.entries or n in wanted.aliases), None)
         if known is None:
-            if not any(matches(n, form.ignored) for n in _spellings(name, form.prefix)):
+            if not any(matches(n, form.ignored) for n in _spellings(name, form)):
                 unexpected.append(name)
         elif known in told:
             twice.append(f"{name} beside {told[known]}")
@@ -192,12 +192,13 @@ def _matched(
     return found
 
 
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """A name as it is, with and without the prefix of the base model, and as it was called before 2019."""
+def _spellings(name: str, form: Format) -> Iterator[str]:
+    """A name as it is, with and without the prefix of the base model, and as older files have it."""
     modern = name.removesuffix(".gamma") + ".weight" if name.endswith(".gamma") else name
     modern = name.removesuffix(".beta") + ".bias" if name.endswith(".beta") else modern
-    for spelled in dict.fromkeys((name, modern)):
-        yield from (spelled, prefix + spelled, spelled.removeprefix(prefix))
+    older = [now + modern.removeprefix(then) for then, now in form.older.items() if modern.startswith(then)]
+    for spelled in dict.fromkeys((name, modern, *older)):
+        yield from (spelled, form.prefix + spelled, spelled.removeprefix(form.prefix))
 
 
 def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:

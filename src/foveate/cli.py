@@ -294,7 +294,7 @@ def bench_models(
 
     paths, old = _checked_outputs(out, compare, json=json)
     rows = chosen(table(quick=quick), only)
-    measured = _in_turn(rows, lambda row: measure_model(row, runs=runs, seconds=0.01 if quick else 2.0))
+    measured = _in_turn(rows, lambda row: measure_model(row, runs=runs, seconds=0.01 if quick else 1.0))
     _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
 
 

@@ -52,6 +52,7 @@ class Format:
     also: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # in config.json: said outright instead
     defaults: Mapping[str, object] = field(default_factory=dict)  # in config.json, where it says nothing
     transposed: tuple[str, ...] = ()  # their names of matrices that are [in, out]
+    older: Mapping[str, str] = field(default_factory=dict)  # how their names began in older files → as they begin now
     ignored: tuple[str, ...] = ()  # their names of tensors without meaning: old buffers, the heads of pretraining
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found  # from what older files say
 

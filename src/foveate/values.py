@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from foveate.positions import Extent
 
 Held = Tensor | Callable[..., Tensor]  # what no literal can say
 Name = Callable[[Any], str]
+
+_PARSER = threading.Lock()  # CPython 3.11 counts the depth of a tree in one place for all threads
 
 
 def spelled(write: Callable[[Name], str]) -> tuple[str, list[Any]]:
@@ -50,7 +53,9 @@ def read(spec: str, names: Mapping[str, Any], held: Sequence[Any]) -> Any:
             case _:
                 return ast.literal_eval(node)
 
-    return build(ast.parse(spec, mode="eval").body)
+    with _PARSER:
+        tree = ast.parse(spec, mode="eval")
+    return build(tree.body)
 
 
 def describe(thing: object) -> str:

@@ -4,7 +4,7 @@ What comes out is compared with "sdpa" in float32 first: to 1e-4 of the largest 
 twice as far from that as "sdpa" in bfloat16 is, and an eps of the largest value.
 
 A turn lasts seconds, so a run is one turn of each contestant, more where they are short. Whom no claim names takes part
-in the first run alone.
+in the first run alone, and so does the peer that is timed a second time.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def _figures(row: ModelRow, runs: int, seconds: float) -> tuple[dict[str, Figure
             turns[name] = turn
     aside = first_peer(turns)
     turns[AGAIN] = turns[aside]
-    named = {AGAIN, aside, *(name for claim in row.claims for name in (claim.contestant, claim.against))}
+    named = {aside, *(name for claim in row.claims for name in (claim.contestant, claim.against))}
     often = {name: turn for name, turn in turns.items() if name in named}
     found = [_medians(often if run else turns, rounds) for run in range(runs)]
     for name in turns.keys() - {AGAIN}:
         each = [run[name] for run in found if name in run]
         figures[name] = Figure("ms", [rounded(1e3 * run) for run in each], rounded(1e3 * statistics.median(each)))
-    again = max(max(run[aside] / run[AGAIN], run[AGAIN] / run[aside]) for run in found)
+    again = max(found[0][aside] / found[0][AGAIN], found[0][AGAIN] / found[0][aside])
     return {name: figures[name] for name in row.contestants}, rounded(again)
 
 

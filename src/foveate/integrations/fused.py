@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
 from foveate.primitives import readable
-from foveate.softmax.native import _DTYPES, NO_LISTS, _matrix
+from foveate.softmax.native import _DTYPES, NO_LISTS, _matrix, leads_backward, leads_forward
 
 try:
     from foveate import _native
@@ -26,26 +26,6 @@ SLOWER = "PyTorch's kernel is as fast or faster"
 
 _NOTHING, _HIDDEN = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, -math.inf))
 _FEW_PAIRS = 4096  # below, finding the tiles that a mask leaves empty takes longer than it saves
-_PAIRS = {"amx", "avx512bf16"}  # kernels with instructions for products of bfloat16
-
-
-def slower(dtype: torch.dtype, queries: int, computed: float, *, grouped: bool) -> bool:
-    """Whether PyTorch's forward kernel takes no longer than ours, on two cores with AVX-512 and AMX.
-
-    `computed` is the part of all pairs that ours computes; `grouped`: several query heads read the same keys.
-    """
-    if queries == 1:
-        return not grouped  # what is gained is that the keys are read once
-    if dtype == torch.float32:
-        return queries < (64 if computed == 1 else 32)
-    if dtype == torch.bfloat16:
-        return queries < 64 or _native.chosen() not in _PAIRS
-    return queries < 256 or computed > 0.75
-
-
-def slower_backward(dtype: torch.dtype, queries: int) -> bool:
-    """Whether PyTorch's backward kernel takes no longer than ours."""
-    return dtype != torch.float32 or queries < 128
 
 
 def missing() -> bool:
@@ -87,7 +67,7 @@ def refusal(
 def refusal_of_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> str:
     """Why the gradients of a call are left to PyTorch; empty if `gradients` computes them."""
     why = refusal(q, k, v, mask, dropout, causal, grouped=True)
-    return why or (SLOWER if slower_backward(q.dtype, q.shape[2]) else "")
+    return why or ("" if leads_backward(q) else SLOWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +77,11 @@ class _Seen:
     tiles: tuple[int, int, int, int, int, int]
     right: int  # how far behind its own place a row sees; −1: no limit
     bias: tuple[int, int, int, int, int]
-    computed: float  # the part of all tiles
     alive: tuple[Tensor, ...]
 
 
 _ALL_TILES, _NO_BIAS = (0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0)
-_EVERYTHING = _Seen(_ALL_TILES, -1, _NO_BIAS, 1.0, ())
+_EVERYTHING = _Seen(_ALL_TILES, -1, _NO_BIAS, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +101,14 @@ def plan(
     why = refusal(q, k, v, mask, dropout, causal, grouped=grouped)
     if why:
         return None, why
-    queries, shares = q.shape[2], q.shape[1] != k.shape[1]
-    if slower(q.dtype, queries, 0.0, grouped=shares):  # whatever the mask will turn out to be
+    if not leads_forward(q, k):
         return None, SLOWER
-    seen = _seen(mask, causal, queries, k.shape[2])
-    if slower(q.dtype, queries, seen.computed, grouped=shares):
-        return None, SLOWER
-    return Plan(readable(q), readable(k), readable(v), seen), ""
+    return Plan(readable(q), readable(k), readable(v), _seen(mask, causal, q.shape[2], k.shape[2])), ""
 
 
 def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Seen:
     if causal:  # top-left: the first query stands at the first key
-        computed = queries / (2 * keys) if queries <= keys else 1 - keys / (2 * queries)
-        return _Seen(_ALL_TILES, 0, _NO_BIAS, computed, ())
+        return _Seen(_ALL_TILES, 0, _NO_BIAS, ())
     return _EVERYTHING if mask is None else _by_mask(mask, queries, keys)
 
 
@@ -148,7 +122,7 @@ def _by_mask(mask: Tensor, queries: int, keys: int) -> _Seen:
             return _in_tiles(summarise_matrix(visible, queries, keys))
     bias = added(mask).float()
     b, h, row, key = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
-    return _Seen(_ALL_TILES, -1, (bias.data_ptr(), b, h, row, key), 1.0, (bias,))
+    return _Seen(_ALL_TILES, -1, (bias.data_ptr(), b, h, row, key), (bias,))
 
 
 def _only_hides(mask: Tensor) -> Tensor | None:
@@ -164,9 +138,7 @@ def _only_hides(mask: Tensor) -> Tensor | None:
 def _in_tiles(summary: Summary) -> _Seen:
     parts = tuple(x.contiguous() for x in (summary.offsets, summary.columns, summary.partial, summary.bits))
     offsets, columns, partial, bits = (x.data_ptr() for x in parts)
-    rows = summary.batch * summary.heads * (summary.offsets.shape[2] - 1)
-    computed = len(summary.columns) / (rows * -(-summary.keys // TILE))
-    return _Seen((offsets, columns, partial, bits, summary.batch, summary.heads), -1, _NO_BIAS, computed, parts)
+    return _Seen((offsets, columns, partial, bits, summary.batch, summary.heads), -1, _NO_BIAS, parts)
 
 
 def compute(plan: Plan, scale: float | None, out: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from foveate.naming import Format
 FAMILIES = {
     "bart": "bart",
     "bert": "bert",
+    "clip": "clip",
     "deit": "vit",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
@@ -16,6 +17,7 @@ FAMILIES = {
     "gemma3_text": "gemma",
     "gpt2": "gpt2",
     "llama": "llama",
+    "llava": "llava",
     "marian": "marian",
     "mistral": "llama",
     "qwen2": "qwen",
@@ -23,6 +25,7 @@ FAMILIES = {
     "roberta": "roberta",
     "t5": "t5",
     "vit": "vit",
+    "whisper": "whisper",
     "xlm-roberta": "roberta",
 }
 

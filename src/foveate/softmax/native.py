@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -90,37 +91,61 @@ class _Arguments(NamedTuple):
     threads: int
 
 
-def leads(problem: Problem) -> bool:
-    """Whether these kernels take no longer than PyTorch's fused one, as measured: docs/benchmarks.md.
+@dataclass(frozen=True)
+class Lead:
+    """From where on our kernels take no longer than PyTorch's, in one dtype.
 
-    A short call is overhead, and memory limits one query against many keys: there PyTorch keeps its place.
+    `queries`, `gradient`: so many queries, forward and backward. `shared`, `alone`: a few queries read so many numbers
+    of k (key heads · keys · dim), in heads that share them or each its own; None: never.
     """
+
+    queries: int
+    gradient: int
+    shared: int
+    alone: int | None = None
+
+
+# On a CPU with AMX. benchmarks/results/softmax.json has rows from 64 queries on, of decoding (32 heads on 8 of 128,
+# from 1 << 21 numbers on), and of training in float32 and bfloat16. What it has no row for was timed on one core by its
+# clock: float16, 8 to 64 queries, heads of 128 and 256, fewer numbers, gradients of 32 queries.
+LEADS = {
+    torch.float32: Lead(queries=64, gradient=64, shared=1 << 20),
+    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 22),
+    torch.float16: Lead(queries=16, gradient=32, shared=0, alone=1 << 20),
+}
+_DECODING = 4  # queries; memory limits so few
+_SHORT = 1 << 23  # products; below, a call of `foveate.attention` is overhead
+
+
+def leads_forward(q: Tensor, k: Tensor) -> bool:
+    """Whether q and k alone say that our kernel takes no longer than PyTorch's fused one."""
+    (_, heads, queries, _), (batch, key_heads, keys, dim) = q.shape, k.shape
+    lead = LEADS[q.dtype]
+    if queries <= _DECODING:
+        least = lead.alone if heads == key_heads else lead.shared
+        return least is not None and batch * key_heads * keys * dim >= least
+    return queries >= lead.queries and (q.dtype != torch.bfloat16 or has_pairs())
+
+
+def leads_backward(q: Tensor) -> bool:
+    """Whether our gradients take no longer than PyTorch's."""
+    return q.shape[2] >= LEADS[q.dtype].gradient and (q.dtype != torch.bfloat16 or has_pairs())
+
+
+def leads(problem: Problem) -> bool:
+    """Whether a call of `foveate.attention` gains by these kernels, where PyTorch's fused one could take it."""
     if _native is None or problem.q.dtype not in _DTYPES:
         return False
-    dtype, trains = problem.q.dtype, problem.needs_gradient
-    if dtype == torch.bfloat16 and not _has_pairs():
-        return False
     if torch.compiler.is_compiling():  # a graph serves every length
-        return True
+        return problem.q.dtype != torch.bfloat16 or has_pairs()
     batch, heads, queries, keys = problem.shape
-    dim = problem.q.shape[3]
-    if batch * heads * queries * keys * dim < _SHORT:
+    if batch * heads * queries * keys * problem.q.shape[3] < _SHORT:
         return False
-    if queries <= _DECODING:
-        return dtype == torch.float16 or (problem.group > 1 and keys >= _LONG[dtype])
-    if dtype == torch.float32:
-        return queries >= TILE
-    if dtype == torch.bfloat16:
-        return queries >= TILE and (trains or dim < 128 or (dim == 128 and queries >= 512))
-    return True
-
-
-# The limits that `leads` names: products in a call, queries of decoding, and keys from which grouped heads gain by it.
-_SHORT, _DECODING, _LONG = 1 << 23, 4, {torch.float32: 2048, torch.bfloat16: 4096}
+    return leads_forward(problem.q, problem.k)
 
 
 @functools.cache
-def _has_pairs() -> bool:
+def has_pairs() -> bool:
     """Whether the kernel of this machine multiplies bfloat16 as it is."""
     return bool(_native.chosen() in ("amx", "avx512bf16"))
 
