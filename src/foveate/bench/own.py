@@ -18,6 +18,9 @@ from foveate.pattern.packing import padding
 
 def opened(theirs: Any) -> nn.Module:
     """Our model with the weights of one of Hugging Face, in memory of its own as theirs are, not in a file's pages."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = from_pretrained(folder)
