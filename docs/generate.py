@@ -11,6 +11,7 @@ from pathlib import Path
 from making.capabilities import capabilities
 from making.mechanisms import mechanisms
 from making.models import models
+from making.own_models import own_models
 from making.patterns import patterns
 from making.pictures import pictures
 
@@ -24,6 +25,7 @@ def pages() -> dict[str, str]:
         "mechanisms/index.md": mechanisms(),
         "capabilities.md": capabilities(),
         "models.md": models(),
+        "models-of-our-own.md": own_models(),
         **pictures(),
     }
 

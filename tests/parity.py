@@ -195,10 +195,13 @@ def _gradients(model: nn.Module) -> dict[str, tuple[Tensor | None, list[str]]]:
     return found
 
 
-def check_translation(case: Case, folder: Path, new: int, settings: Mapping[str, Any] | None = None) -> None:
+def check_translation(
+    case: Case, folder: Path, new: int, settings: Callable[[int], Mapping[str, Any]] = lambda token: {}
+) -> None:
     """Assert that an encoder and decoder write Hugging Face's tokens: padded sources and not, and where a text ends.
 
-    `settings` are more of generation_config.json; Hugging Face writes the same from the folder that we write.
+    `settings` are more of generation_config.json, given a token that is written without them; Hugging Face writes the
+    same from the folder that we write.
     """
     ids, mask = case.inputs()["input_ids"], case.inputs()["attention_mask"]
     plain = {"max_new_tokens": new, "do_sample": False, "num_beams": 1}
@@ -211,7 +214,8 @@ def check_translation(case: Case, folder: Path, new: int, settings: Mapping[str,
                     parameter.mul_(3)
                 elif key.endswith("norm.weight"):
                     parameter.normal_()  # else a word that is tied says itself again
-        theirs.generation_config.update(**(settings or {}))
+        free = theirs.generate(ids, attention_mask=mask, eos_token_id=None, **plain)
+        theirs.generation_config.update(**settings(int(free[0, 2])))
         made = theirs.generate(ids, attention_mask=mask, eos_token_id=None, **plain)[:, 1:]
         ends = [token for token in made[0, 2:-1].tolist() if token not in made[1]]
         if ends and all(len(set(row.tolist())) > 4 for row in made):

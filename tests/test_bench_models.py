@@ -99,7 +99,7 @@ def test_the_command_writes_what_it_found(
         cli.main()
     assert not ended.value.code
     (row,) = json.loads(data.read_text())["rows"]
-    assert list(row["figures"]) == ["foveate", "accelerate", "sdpa", "eager"]
+    assert list(row["figures"]) == ["own", "foveate", "accelerate", "sdpa", "eager"]
     assert drawn.read_bytes().startswith(b"\x89PNG")
     assert "ViT-B/16" in capsys.readouterr().out
 

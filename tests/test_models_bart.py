@@ -88,11 +88,11 @@ WRITING = {
             forced_eos_token_id=2,
             scale_embedding=True,
         ),
-        {"forced_bos_token_id": 7},
+        lambda token: {"forced_bos_token_id": 7},
     ),
     "marian": (
         lambda: of("MarianMTModel", decoder_layers=2, forced_eos_token_id=2, scale_embedding=True),
-        {"bad_words_ids": [[0], [41]]},
+        lambda token: {"bad_words_ids": [[0], [token]]},
     ),
 }
 

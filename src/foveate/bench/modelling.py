@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.bench.contestants import Turn
+from foveate.bench.given import drawn, images, padded, words
 from foveate.bench.measuring import AGAIN, first_peer, rounded, verdict
 from foveate.bench.memory import megabytes_of_model
 from foveate.bench.models import ModelRow
+from foveate.bench.own import OWN_TURNS, opened
 from foveate.bench.results import Figure, Measured
 from foveate.errors import Unsupported
 from foveate.integrations.torch import accelerate
@@ -59,8 +61,10 @@ def _figures(row: ModelRow, runs: int, seconds: float) -> tuple[dict[str, Figure
     for name in row.contestants:
         if name == base:
             continue
-        twin = model if name == "accelerate" else _built(row, row.dtype, _ATTENTION.get(name, name), model)
-        turn = _turn(row, twin, name)
+        if name in OWN_TURNS:
+            turn = OWN_TURNS[name](row, opened(model))
+        else:
+            turn = _turn(row, model if name == "accelerate" else _built(row, row.dtype, _attention(name), model), name)
         complaint = _complaint(turn(), peer, truth, row.dtype)
         if complaint:
             figures[name] = Figure(refused=f"wrong: {complaint}", wrong=name != "eager")
@@ -101,7 +105,7 @@ def _memory(row: ModelRow, name: str) -> Figure:
 
 def turn_alone(row: ModelRow, name: str) -> Turn:
     """One contestant's turn, by itself; it needs `register` before."""
-    return _turn(row, _built(row, row.dtype, _ATTENTION.get(name, name)), name)
+    return _turn(row, _built(row, row.dtype, _attention(name)), name)
 
 
 def _built(row: ModelRow, dtype: torch.dtype, attention: str, like: nn.Module | None = None) -> nn.Module:
@@ -118,6 +122,11 @@ def _built(row: ModelRow, dtype: torch.dtype, attention: str, like: nn.Module | 
     return model.train(row.work == "training")
 
 
+def _attention(name: str) -> str:
+    """What a contestant's attention is called."""
+    return "foveate" if name == "packed" else name
+
+
 def _turn(row: ModelRow, model: nn.Module, name: str) -> Turn:
     """One turn of a contestant: what it computes is what is compared."""
     work = (_packed if name == "packed" else _WORKS[row.work])(row, model)
@@ -131,17 +140,8 @@ def _turn(row: ModelRow, model: nn.Module, name: str) -> Turn:
     return work
 
 
-def _drawn() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
-
-
-def _ids(row: ModelRow, length: int) -> Tensor:
-    vocabulary = row.config.get("vocab_size", 30522)
-    return torch.randint(0, vocabulary, (row.sizes[0], length), generator=_drawn())
-
-
 def _prefilling(row: ModelRow, model: Any) -> Turn:
-    ids = _ids(row, row.sizes[3])
+    ids = words(row, row.sizes[3])
     return lambda: (model(ids, use_cache=False, logits_to_keep=1).logits,)
 
 
@@ -150,7 +150,7 @@ def _attending(row: ModelRow, model: Any) -> Turn:
     from transformers import AttentionInterface
 
     batch, heads, key_heads, queries, keys, dim = row.sizes
-    draw = _drawn()
+    draw = drawn()
     q, k, v = (
         torch.randn(batch, count, length, dim, generator=draw).to(row.dtype)
         for count, length in ((heads, queries), (key_heads, keys), (key_heads, keys))
@@ -181,14 +181,14 @@ def _decoded(row: ModelRow, model: Any) -> Turn:
     from transformers import DynamicCache
 
     batch, _, key_heads, tokens, keys, dim = row.sizes
-    cache, draw = DynamicCache(config=model.config), _drawn()
+    cache, draw = DynamicCache(config=model.config), drawn()
     for layer in range(model.config.num_hidden_layers):
         k, v = (
             torch.randn(batch, key_heads, keys - tokens, dim, generator=draw).to(row.dtype).to(model.dtype)
             for _ in range(2)
         )
         cache.update(k, v, layer)
-    ids = _ids(row, tokens)
+    ids = words(row, tokens)
 
     def turn() -> tuple[Tensor, ...]:
         found = [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(tokens)]
@@ -201,16 +201,18 @@ def _decoded(row: ModelRow, model: Any) -> Turn:
 def _encoded(row: ModelRow, model: Any) -> Turn:
     """The hidden states of what is no padding."""
     if row.model == "ViTModel":
-        side = row.config["image_size"]
-        pixels = torch.randn(row.sizes[0], 3, side, side, generator=_drawn())
+        pixels = images(row)
         return lambda: (model(pixel_values=pixels).last_hidden_state,)
-    ids, kept = _padded(row)
+    if row.pattern is None:
+        ids = words(row, row.sizes[3])
+        return lambda: (model(input_ids=ids).last_hidden_state,)
+    ids, kept = padded(row)
     return lambda: (model(input_ids=ids, attention_mask=kept.long()).last_hidden_state * kept[..., None],)
 
 
 def _packed(row: ModelRow, model: Any) -> Turn:
     """The same from the texts without their padding, end to end in one row that `documents` keeps apart."""
-    ids, kept = _padded(row)
+    ids, kept = padded(row)
 
     def turn() -> tuple[Tensor, ...]:
         ends = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
@@ -225,16 +227,9 @@ def _packed(row: ModelRow, model: Any) -> Turn:
     return turn
 
 
-def _padded(row: ModelRow) -> tuple[Tensor, Tensor]:
-    """Token ids, and which of them are no padding: lengths are uniform in 25 to 100 %."""
-    batch, length = row.sizes[0], row.sizes[3]
-    lengths = torch.randint(max(1, length // 4), length + 1, (batch, 1), generator=_drawn())
-    return _ids(row, length), torch.arange(length) < lengths
-
-
 def _stepped(row: ModelRow, model: Any) -> Turn:
     """The loss, and the gradient of the first layer's projections."""
-    ids = _ids(row, row.sizes[3])
+    ids = words(row, row.sizes[3])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
     def turn() -> tuple[Tensor, ...]:
@@ -250,7 +245,7 @@ def _stepped(row: ModelRow, model: Any) -> Turn:
 
 def _weighed(row: ModelRow, model: Any) -> Turn:
     """The hidden states, and one layer's weights; "eager" can but give those of all."""
-    ids = _ids(row, row.sizes[3])
+    ids = words(row, row.sizes[3])
     (place,) = row.weights_from
     ours = model.config._attn_implementation == "foveate"
     if ours:
@@ -265,7 +260,6 @@ def _weighed(row: ModelRow, model: Any) -> Turn:
 
 
 _MOST = 20  # turns of a run
-_ATTENTION = {"packed": "foveate"}  # contestants that are not named as their attention is
 _WORKS: dict[str, Callable[[ModelRow, Any], Turn]] = {
     "prefill": _prefilling,
     "attention": _attending,

@@ -7,6 +7,8 @@ A row's contestants are one model of random weights several times, with the same
 - accelerate: "sdpa" under `foveate.accelerate()`
 - packed: "foveate" on what is no padding, the texts of a batch end to end in one row (`documents`); laying them out and
   back is part of a turn
+- own: the model of `foveate.models` that such a checkpoint opens as
+- own packed: the same on what is no padding
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class ModelRow:
     dtype: torch.dtype = _F32
     contestants: tuple[str, ...] = EVERYONE
     pattern: str | None = None
+    lengths: tuple[float, float] = (0.25, 1.0)  # of padded texts, evenly from the one to the other
     weights_from: tuple[int, ...] = ()
 
     @property
@@ -63,6 +66,9 @@ def _claims(target: float) -> tuple[Claim, ...]:
     return Claim("foveate", "sdpa", target), Claim("accelerate", "sdpa", 1.0, never_behind=True)
 
 
+OWN = Claim("own", "sdpa", 0.98)
+
+
 def _llama(shrink: int) -> dict[str, Any]:
     """94 million parameters."""
     width = 1024 if shrink == 1 else 64
@@ -78,7 +84,7 @@ def _prefill(shrink: int) -> Iterator[ModelRow]:
     for dtype, kind in ((_F32, "fp32"), (_BF16, "bf16")):
         yield ModelRow(
             "prefill", f"Llama shape {kind}, prefill {n}", "prefill", "LlamaForCausalLM", config,
-            (1, 16, 4, n, n, config["hidden_size"] // 16), _claims(1.0), dtype, pattern="causal",
+            (1, 16, 4, n, n, config["hidden_size"] // 16), (OWN, *_claims(1.0)), dtype, ("own", *EVERYONE), "causal",
         )  # fmt: skip
         yield ModelRow(
             "prefill", f"Llama shape {kind}, prefill {n}, attention alone", "attention", "LlamaForCausalLM", config,
@@ -115,14 +121,26 @@ def _bert(shrink: int, length: int) -> dict[str, Any]:
 
 
 def _encoders(shrink: int) -> Iterator[ModelRow]:
+    dim = 64 if shrink == 1 else 4
+    for batch, length in ((32, 128), (8, 512)):
+        n = length // shrink
+        yield ModelRow(
+            "encoders", f"BERT-base fp32, {batch} × {n}", "forward", "BertModel", _bert(shrink, n),
+            (batch, 12, 12, n, n, dim), (OWN, *_claims(0.98)), contestants=("own", *EVERYONE),
+        )  # fmt: skip
     for batch, length, target in ((32, 128, 0.98), (4, 512, 1.1)):
         n = length // shrink
         yield ModelRow(
             "encoders", f"BERT-base fp32, {batch} × {n}, lengths of 25 to 100 %", "forward", "BertModel",
-            _bert(shrink, n), (batch, 12, 12, n, n, 64 if shrink == 1 else 4),
-            (*_claims(target), Claim("packed", "sdpa", target)), contestants=("foveate", "packed", *EVERYONE[1:]),
-            pattern="padding",
+            _bert(shrink, n), (batch, 12, 12, n, n, dim), (*_claims(target), Claim("packed", "sdpa", target)),
+            contestants=("foveate", "packed", *EVERYONE[1:]), pattern="padding",
         )  # fmt: skip
+    n = 512 // shrink
+    yield ModelRow(
+        "encoders", f"BERT-base fp32, 8 × {n}, half of it padding", "forward", "BertModel", _bert(shrink, n),
+        (8, 12, 12, n, n, dim), (Claim("own packed", "sdpa", 1.1),), pattern="padding", lengths=(0.25, 0.75),
+        contestants=("own packed", "own", "packed", "sdpa"),
+    )  # fmt: skip
 
 
 def _pictures(shrink: int) -> Iterator[ModelRow]:
@@ -133,23 +151,27 @@ def _pictures(shrink: int) -> Iterator[ModelRow]:
     n = (side // 16) ** 2 + 1
     yield ModelRow(
         "pictures", "ViT-B/16 fp32, batch 8", "forward", "ViTModel", config,
-        (8, 12, 12, n, n, 64 if shrink == 1 else 4), _claims(0.98),
+        (8, 12, 12, n, n, 64 if shrink == 1 else 4), (OWN, *_claims(0.98)), contestants=("own", *EVERYONE),
     )  # fmt: skip
 
 
 def _training(shrink: int) -> Iterator[ModelRow]:
-    """25 million parameters, no dropout; AdamW steps at a rate of 0, so that every turn finds the same model."""
-    width = 512 if shrink == 1 else 32
-    for length, target in ((1024, 1.02), (4096, 1.2)):
-        n = length // shrink
+    """25 and 124 million parameters, no dropout; AdamW's rate is 0, so that every turn finds the same model."""
+    for name, heads, layers, length, words, target in (
+        ("GPT of 25M", 8, 6, 1024, 8192, 1.02),
+        ("GPT of 25M", 8, 6, 4096, 8192, 1.2),
+        ("GPT-2 small", 12, 12, 1024, 50257, None),
+    ):
+        n, width = length // shrink, 64 * heads if shrink == 1 else 4 * heads
         config = {
-            "n_embd": width, "n_layer": 6 if shrink == 1 else 1, "n_head": 8, "vocab_size": 8192 if shrink == 1 else 99,
-            "n_positions": 4096, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-            "bos_token_id": None, "eos_token_id": None,
+            "n_embd": width, "n_layer": layers if shrink == 1 else 1, "n_head": heads,
+            "vocab_size": words if shrink == 1 else 99, "n_positions": 4096 if target else 1024, "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
         }  # fmt: skip
         yield ModelRow(
-            "training", f"GPT of 25M fp32, a training step at {n}", "training", "GPT2LMHeadModel", config,
-            (1, 8, 8, n, n, width // 8), _claims(target), pattern="causal",
+            "training", f"{name} fp32, a training step at {n}", "training", "GPT2LMHeadModel", config,
+            (1, heads, heads, n, n, width // heads), _claims(target) if target else (OWN,),
+            contestants=EVERYONE if target else ("own", "foveate", "sdpa"), pattern="causal",
         )  # fmt: skip
 
 

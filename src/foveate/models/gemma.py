@@ -84,7 +84,7 @@ PRESETS = {
     "gemma-3-1b": Config(
         262144, 32768, 1152, 26, 4, 1, hidden=6912, window=512, end=(1, 106), **GEMMA3,  # type: ignore[arg-type]
     ),
-    "gemma-3-4b, its text": Config(
+    "gemma-3-4b-text": Config(
         262208, 131072, 2560, 34, 8, 4, hidden=10240, window=1024, scaling=Linear(8.0), **GEMMA3,  # type: ignore[arg-type]
     ),
 }  # fmt: skip
