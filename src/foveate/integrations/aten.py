@@ -82,7 +82,7 @@ class Entries:
             if not fused:
                 return _formula(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             mask = attn_mask if attn_mask is None else added(attn_mask)
-            folds = q.dim() == 4 and not is_causal and (mask is None or mask.dim() == 4 and mask.shape[1:3] == (1, 1))
+            folds = q.dim() == 4 and not is_causal and (mask is None or (mask.dim() == 4 and mask.shape[1:3] == (1, 1)))
             theirs: Tensor = _FUSED._op_dk(
                 DispatchKey.CPU, group(q, k) if folds else q, k, v, dropout_p, is_causal,
                 attn_mask=mask, scale=scale,
