@@ -191,6 +191,26 @@ def test_run_accelerates_an_unchanged_script(tmp_path: Path) -> None:
     assert _run("run", "--quiet", _script(tmp_path)).stderr == ""
 
 
+ASKING = """
+import transformers
+
+small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+model = transformers.BertModel(transformers.BertConfig(**small, attn_implementation="foveate"))
+print(model.config._attn_implementation)
+"""
+
+
+def test_run_lets_a_script_ask_for_foveate_by_name(tmp_path: Path) -> None:
+    (tmp_path / "asking.py").write_text(ASKING)
+    result = _run("run", "--quiet", str(tmp_path / "asking.py"))
+    assert (result.stdout, result.stderr) == ("foveate\n", "")
+
+
+def test_run_loads_no_transformers_for_a_script_that_does_not(tmp_path: Path) -> None:
+    script = _script(tmp_path, "print(any('transformers' in name.split('.')[0] for name in sys.modules))")
+    assert _run("run", "--quiet", script).stdout.endswith("\nFalse\n")
+
+
 def test_run_ends_as_the_script_ends(tmp_path: Path) -> None:
     assert _run("run", "--quiet", _script(tmp_path, "sys.exit(7)")).returncode == 7
     for fault, words in (("1 / 0", "ZeroDivisionError"), ("nowhere.restore()", "NameError"),
