@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sdpa_calls import CALLS, LEFT_TO_PYTORCH, SDPA, assert_as_exact, biased, hidden, made, only_hides, qkv, truth
+from sdpa_calls import (
+    CALLS,
+    LEFT_TO_PYTORCH,
+    SDPA,
+    assert_as_exact,
+    biased,
+    hidden,
+    made,
+    only_hides,
+    padded,
+    qkv,
+    truth,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -148,3 +160,19 @@ def test_the_operators_of_aten_answer_as_before(name: str) -> None:
         assert one.stride() == other.stride()
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert acceleration.report().foveate == {("forward", ""): 1, ("backward", ""): 1}
+
+
+@pytest.mark.parametrize("kind", ["bool, tiles", "bool, few pairs", "float, only hides", "float, a bias"])
+@pytest.mark.usefixtures("_ours")
+def test_a_nan_that_no_row_may_see_never_matters(kind: str) -> None:
+    q, k, v = qkv(queries=7, keys=11) if "few" in kind else qkv()
+    kept = padded(2, k.shape[2])
+    mask = kept if "bool" in kind else only_hides(kept) if "only" in kind else biased(kept)
+    planted = [x.masked_fill(~kept.mT, float("nan")) for x in (k, v)]
+    with fv.accelerate() as acceleration:
+        found = SDPA(q, *planted, mask)
+        leaves = [x.requires_grad_() for x in (q.clone(), *planted)]
+        slopes = torch.autograd.grad(SDPA(*leaves, mask).square().sum(), leaves)
+    assert acceleration.report().foveate == {("forward", ""): 2, ("backward", ""): 1}
+    assert_as_exact(found, SDPA(q, k, v, mask), truth((q, k, v, mask), {}))
+    assert all(bool(x.isfinite().all()) for x in slopes)

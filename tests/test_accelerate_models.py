@@ -21,6 +21,8 @@ def models() -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, object]
     layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 4, 48, dropout=0.0, batch_first=True), 2)
+    first = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True, norm_first=True)
+    both = nn.Transformer(24, 4, 1, 1, 48, dropout=0.0, batch_first=True)
     attention = nn.MultiheadAttention(24, 4, batch_first=True)
     return {
         "attention": (attention, (x, y, y), {"need_weights": False}),
@@ -30,6 +32,8 @@ def models() -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, object]
         "encoder, padded": (encoder, (x,), {"src_key_padding_mask": pad}),
         "encoder, causal": (encoder, (x,), {"mask": future, "is_causal": True}),
         "encoder, causal and padded": (encoder, (x,), {"mask": future, "src_key_padding_mask": only_hides(~pad)}),
+        "encoder, norm first": (nn.TransformerEncoder(first, 2, enable_nested_tensor=False), (x,), {"mask": future}),
+        "transformer": (both, (x, y), {"src_key_padding_mask": pad, "memory_key_padding_mask": pad}),
         "decoder": (decoder, (y, x), {"memory_key_padding_mask": pad, "tgt_is_causal": True,
                                       "tgt_mask": nn.Transformer.generate_square_subsequent_mask(41)}),
     }  # fmt: skip
@@ -69,6 +73,32 @@ def test_modules_of_pytorch(name: str, training: bool) -> None:
     torch.testing.assert_close(quick[kept], without[kept], atol=1e-5, rtol=1e-4)
     assert bool(acceleration.report().foveate) == (name != "attention, weights")
     assert not acceleration.report().pytorch
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.usefixtures("_ours")
+def test_dropout_of_a_module_of_pytorch_is_what_it_was(training: bool) -> None:
+    """To the bit: PyTorch draws it, from the same stream."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.3, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).train(training)
+    x, pad = made(2, 67, 24, seed=1), ~padded(2, 67)[:, 0, 0]
+
+    def found() -> Tensor:
+        torch.manual_seed(7)
+        out: Tensor = encoder(x, src_key_padding_mask=pad)
+        return out
+
+    before = found()
+    with fv.accelerate() as acceleration:
+        during = found()
+    if training:
+        assert torch.equal(during, before)
+        assert not acceleration.report().foveate
+        assert all(why.startswith("dropout") for _, why in acceleration.report().pytorch)
+    else:
+        torch.testing.assert_close(during, before, atol=1e-5, rtol=1e-4)
+        assert acceleration.report().foveate == {("forward", ""): 2}
 
 
 def hugging_face() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
