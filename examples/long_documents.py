@@ -25,7 +25,10 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ModernBertConfig, ModernBertModel
 
-MODULES = ("json.scanner", "bisect", "json.tool", "email.base64mime", "colorsys", "asyncio.timeouts", "linecache", "sched")
+MODULES = (
+    *("json.scanner", "bisect", "json.tool", "email.base64mime"),
+    *("colorsys", "asyncio.timeouts", "linecache", "sched"),
+)
 PAD, BEGIN, END, FIRST = range(4)  # the tokens before those of the 256 bytes
 BATCH = 4
 

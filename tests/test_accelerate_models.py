@@ -66,11 +66,12 @@ def test_modules_of_pytorch(name: str, training: bool) -> None:
         with torch.no_grad():
             without = first(model(*inputs, **options))
     assert all(map(torch.equal, before, gradients()))
-    for one, other in zip(before, during, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert (during[0] - before[0]).abs().max() <= 1e-5 * before[0].abs().max()
+    largest = max(x.abs().max() for x in before[1:])
+    assert all((x - y).abs().max() <= 1e-4 * largest for x, y in zip(during[1:], before[1:], strict=True))
     kept = padded(2, 67)[:, 0, 0] if "encoder" in name and "padded" in name else torch.ones(without.shape[:2]).bool()
     # The fast path that is off meanwhile writes zeros where a row is padding.
-    torch.testing.assert_close(quick[kept], without[kept], atol=1e-5, rtol=1e-4)
+    assert (quick[kept] - without[kept]).abs().max() <= 1e-5 * quick[kept].abs().max()
     assert bool(acceleration.report().foveate) == (name != "attention, weights")
     assert not acceleration.report().pytorch
 
@@ -97,7 +98,7 @@ def test_dropout_of_a_module_of_pytorch_is_what_it_was(training: bool) -> None:
         assert not acceleration.report().foveate
         assert all(why.startswith("dropout") for _, why in acceleration.report().pytorch)
     else:
-        torch.testing.assert_close(during, before, atol=1e-5, rtol=1e-4)
+        assert (during - before).abs().max() <= 1e-5 * before.abs().max()
         assert acceleration.report().foveate == {("forward", ""): 2}
 
 
@@ -138,7 +139,8 @@ def test_hugging_face_models(name: str) -> None:
         during = gradients()
         with torch.inference_mode():
             quick = model(**inputs).last_hidden_state
-    for one, other in zip(before, during, strict=True):
+    assert (during[0] - before[0]).abs().max() <= 1e-5 * before[0].abs().max()
+    for one, other in zip(before[1:], during[1:], strict=True):
         most = one.abs().max().item()
         torch.testing.assert_close(one, other, atol=1e-4 * most + 1e-7, rtol=0)
     torch.testing.assert_close(quick, before[0], atol=1e-5 * before[0].abs().max().item(), rtol=0)

@@ -133,8 +133,9 @@ def patch(
         for name, plan in plans.items():
             setattr(reached[name], PLAN, plan)
         if bypassed:
+            own = ", ".join(bypassed)
             warnings.warn(
-                f"{type(model).__name__}: {', '.join(bypassed)} compute their own attention and are not reached by foveate",
+                f"{type(model).__name__}: {own} compute their own attention and are not reached by foveate",
                 stacklevel=2,
             )
     except BaseException:
