@@ -111,7 +111,7 @@ class Lead:
 # kernel with the heads of a group as queries on two.
 LEADS = {
     torch.float32: Lead(queries=64, gradient=64, shared=1 << 18, alone=1 << 18),
-    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 20),
+    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 18),
     torch.float16: Lead(queries=16, gradient=32, shared=1 << 18, alone=1 << 18),
 }
 _DECODING = 4  # queries; memory limits so few
@@ -449,9 +449,9 @@ class Pages(NamedTuple):
         return self.table.shape[1] * self.size
 
 
-def run_paged(problem: Problem, pages: Pages, lengths: Tensor) -> Result:
+def run_paged(problem: Problem, pages: Pages, lengths: Tensor, kernel: str = "") -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
-    given = _arguments(problem, "", 0)._replace(lengths=lengths)  # no page past a length is touched
+    given = _arguments(problem, kernel, 0)._replace(lengths=lengths)  # no page past a length is touched
     out, lse, _ = _forward(problem.q, pages.key_pages, pages.value_pages, given, pages)
     return Result(out, lse)
 
