@@ -77,6 +77,13 @@ def test_long_documents_says_the_same_when_foveate_runs_it(
     assert not ended.value.code
     assert ours == plain
     assert len(ours.splitlines()) == 8
+    blind = torch.nn.functional.scaled_dot_product_attention  # without its masks the script says something else
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask, **more: blind(q, k, v, **more)
+    )
+    with torch.random.fork_rng():
+        example("long_documents").main(tiny)
+    assert capsys.readouterr().out != plain
     assert "foveate        6 × forward\n" in said
     assert "pytorch" not in said
 
