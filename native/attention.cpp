@@ -187,7 +187,9 @@ void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t floats = kernel.part_floats(call) * rows;
     std::unique_ptr<float[]> parts(new float[static_cast<size_t>(groups * count * floats)]);
     const int64_t bytes = kernel.decode_bytes(call);
-    spread(threads_for(products_of(call), threads), groups * count, [&](int64_t n) {
+    // Reading is what takes the time here: a number costs as much as eight products.
+    const double read = share(call) * double(groups * call.keys) * double(call.dim + call.value_dim);
+    spread(threads_for(std::max(products_of(call), 8 * read), threads), groups * count, [&](int64_t n) {
         const int64_t at = n / count, first = n % count * stretch;
         kernel.decode(call, at / call.key_heads, at % call.key_heads, first, std::min(first + stretch, columns),
                       parts.get() + n * floats, scratch_of(bytes));

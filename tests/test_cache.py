@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import foveate as fv
+from foveate.errors import InvalidInput
 
 
 def pieces(*lengths: int) -> list[tuple[Tensor, Tensor]]:
@@ -41,6 +42,26 @@ def test_copying_is_amortised() -> None:
     assert len(places) < 16
     assert cache[0]._room is not None
     assert cache[0]._room[0].shape[2] < 1.6 * 2000 + 64
+
+
+@pytest.mark.parametrize("sizes", [(5,), (5, 1), (5, 1, 1)])
+def test_what_is_forgotten_is_written_over_in_our_own_memory_alone(sizes: tuple[int, ...]) -> None:
+    layer, parts = fv.KeyValueCache(1)[0], pieces(*sizes)
+    copies = [(k.clone(), v.clone()) for k, v in parts]
+    for part in parts:
+        kept = layer.append(*part)
+    shorter = [x[:, :, :4].clone() for x in kept]
+    layer.shorten(4)
+    (new,) = pieces(2)
+    found = layer.append(*new)
+    assert layer.length == 6
+    for x, old, added in zip(found, shorter, new, strict=True):
+        assert torch.equal(x, torch.cat([old, added], 2))
+    assert all(
+        torch.equal(x, y) for part, copy in zip(parts, copies, strict=True) for x, y in zip(part, copy, strict=True)
+    )
+    with pytest.raises(InvalidInput, match="length is 7: wanted at most the 6 keys that are kept"):
+        layer.shorten(7)
 
 
 def test_gradients_reach_every_piece_and_only_where_they_are_asked_for() -> None:

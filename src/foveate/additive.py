@@ -156,4 +156,4 @@ def _cost(call: Problem) -> int:
 def _limit(call: Problem) -> int:
     if call.q.device.type != "cpu":
         return _GPU
-    return max(_CPU, min(8 * _cost(call), _MOST))  # a part adds to the gradients of all keys: that is worth 8 rows
+    return max(_CPU, min(16 * _cost(call), _MOST))  # a part adds to the gradients of all keys: worth 16 rows

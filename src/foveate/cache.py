@@ -85,6 +85,15 @@ class GrowingLayer:
         self._room, self.length = (old_k, old_v), total
         return old_k[:, :, :total], old_v[:, :, :total]
 
+    def shorten(self, length: int) -> None:
+        """Forget what came after the first tokens; their room is free again."""
+        if not 0 <= length <= self.length:
+            raise InvalidInput(f"length is {length}: wanted at most the {self.length} keys that are kept")
+        if self._room is not None and self._room[0].shape[2] == self.length:  # the caller's own tensors, maybe
+            k, v = self._room
+            self._room = k[:, :, :length], v[:, :, :length]
+        self.length = length
+
     def _must_not_be_written(self, k: Tensor, v: Tensor) -> bool:
         """Whether a backward pass will read what is kept, or it was made where autograd does not look."""
         kept = (k, v, *(self._room or ()))

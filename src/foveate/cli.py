@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -109,13 +110,14 @@ def run(
     """Run a script with PyTorch's attention on our kernels; at its end say on standard error what was reached."""
     import runpy
 
+    from foveate.integrations.arrival import once_loaded
     from foveate.integrations.torch import accelerate
 
     if not script.exists():
         raise InvalidInput(f"run was given {script}: there is no such file")
     sys.argv = [str(script), *(arguments or [])]
     sys.path[0] = str(script.absolute().parent)  # where a script finds its neighbours
-    with accelerate() as acceleration:
+    with accelerate() as acceleration, once_loaded("transformers.modeling_utils", _register):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except Exception as error:  # a fault of the script's own, of whatever kind, is shown as Python shows it
@@ -124,6 +126,14 @@ def run(
         finally:
             if not quiet:
                 print(acceleration.report(), file=sys.stderr)
+
+
+def _register() -> None:
+    """Let a script that loads transformers ask for attn_implementation="foveate"; one too old for it knows no such."""
+    with suppress(FoveateError):
+        from foveate.integrations.transformers import register
+
+        register()
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,11 @@ def images(row: ModelRow) -> Tensor:
     """Pixels `[batch, 3, side, side]`."""
     side = row.config["image_size"]
     return torch.randn(row.sizes[0], 3, side, side, generator=drawn())
+
+
+def remembered(row: ModelRow, layers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every layer random keys and values `[batch, key heads, keys − queries, dim]` of what was read already."""
+    (batch, _, heads, tokens, keys, dim), draw = row.sizes, drawn()
+    for _ in range(layers):
+        k, v = (torch.randn(batch, heads, keys - tokens, dim, generator=draw).to(row.dtype) for _ in range(2))
+        yield k, v

@@ -14,13 +14,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.bench.contestants import Turn
-from foveate.bench.given import drawn, images, padded, words
+from foveate.bench.given import drawn, images, padded, remembered, words
 from foveate.bench.measuring import AGAIN, first_peer, rounded, verdict
 from foveate.bench.memory import megabytes_of_model
 from foveate.bench.models import ModelRow
@@ -124,12 +125,12 @@ def _built(row: ModelRow, dtype: torch.dtype, attention: str, like: nn.Module | 
 
 def _attention(name: str) -> str:
     """What a contestant's attention is called."""
-    return "foveate" if name == "packed" else name
+    return "foveate" if name in _SPECIAL else name
 
 
 def _turn(row: ModelRow, model: nn.Module, name: str) -> Turn:
     """One turn of a contestant: what it computes is what is compared."""
-    work = (_packed if name == "packed" else _WORKS[row.work])(row, model)
+    work = _SPECIAL.get(name, _WORKS[row.work])(row, model)
     if name == "accelerate":
 
         def accelerated() -> tuple[Tensor, ...]:
@@ -176,18 +177,15 @@ def _future(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(1, 1, queries, keys, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def _decoded(row: ModelRow, model: Any) -> Turn:
-    """Tokens one by one after random keys and values that are in a dynamic cache already; their logits."""
+def _decoded(row: ModelRow, model: Any, *, grown: bool = False) -> Turn:
+    """Tokens one by one after random keys and values that are in a cache already; their logits."""
     from transformers import DynamicCache
 
-    batch, _, key_heads, tokens, keys, dim = row.sizes
-    cache, draw = DynamicCache(config=model.config), drawn()
-    for layer in range(model.config.num_hidden_layers):
-        k, v = (
-            torch.randn(batch, key_heads, keys - tokens, dim, generator=draw).to(row.dtype).to(model.dtype)
-            for _ in range(2)
-        )
-        cache.update(k, v, layer)
+    from foveate.integrations.transformers import GrowingCache
+
+    cache, tokens = (GrowingCache if grown else DynamicCache)(config=model.config), row.sizes[3]
+    for layer, (k, v) in enumerate(remembered(row, model.config.num_hidden_layers)):
+        cache.update(k.to(model.dtype), v.to(model.dtype), layer)
     ids = words(row, tokens)
 
     def turn() -> tuple[Tensor, ...]:
@@ -269,6 +267,7 @@ _WORKS: dict[str, Callable[[ModelRow, Any], Turn]] = {
     "weights": _weighed,
     "memory": _weighed,
 }
+_SPECIAL: dict[str, Callable[[ModelRow, Any], Turn]] = {"packed": _packed, "grown": partial(_decoded, grown=True)}
 
 
 def _complaint(

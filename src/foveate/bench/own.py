@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.bench.contestants import Turn
-from foveate.bench.given import images, padded, words
+from foveate.bench.given import images, padded, remembered, words
 from foveate.bench.models import ModelRow
+from foveate.cache import KeyValueCache
 from foveate.checkpoints import from_pretrained
 from foveate.pattern.packing import padding
 
@@ -45,6 +46,22 @@ def _prefilling(row: ModelRow, model: Any) -> Turn:
     return lambda: (model.head(model.body(ids)[:, -1:]),)
 
 
+def _decoded(row: ModelRow, model: Any) -> Turn:
+    """Tokens one by one after random keys and values that are in the cache already; their scores."""
+    cache, tokens = KeyValueCache(len(model.body.blocks)), row.sizes[3]
+    for layer, kept in zip(cache.layers, remembered(row, len(cache)), strict=True):
+        layer.append(*kept)
+    ids = words(row, tokens)
+
+    def turn() -> tuple[Tensor, ...]:
+        found = [model(ids[:, at : at + 1], cache=cache) for at in range(tokens)]
+        for layer in cache.layers:
+            layer.shorten(layer.length - tokens)
+        return (torch.cat(found, 1),)
+
+    return turn
+
+
 def _encoded(row: ModelRow, model: Any) -> Turn:
     """The hidden states of what is no padding."""
     if row.model == "ViTModel":
@@ -76,6 +93,7 @@ def _stepped(row: ModelRow, model: Any) -> Turn:
 
 _WORKS: Mapping[str, Callable[[ModelRow, Any], Turn]] = {
     "prefill": _prefilling,
+    "decoding": _decoded,
     "forward": _encoded,
     "training": _stepped,
 }

@@ -22,6 +22,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
 from foveate.integrations.fused import EMPTY, SLOWER, added, compute, gradients, plan, refusal_of_gradients
+from foveate.primitives import group, ungroup
 
 # Told of every call: "forward" or "backward", and why PyTorch computes it, which is empty where Foveate does.
 Tell = Callable[[str, str], None]
@@ -81,10 +82,12 @@ class Entries:
             if not fused:
                 return _formula(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             mask = attn_mask if attn_mask is None else added(attn_mask)
+            folds = q.dim() == 4 and not is_causal and (mask is None or (mask.dim() == 4 and mask.shape[1:3] == (1, 1)))
             theirs: Tensor = _FUSED._op_dk(
-                DispatchKey.CPU, q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
+                DispatchKey.CPU, group(q, k) if folds else q, k, v, dropout_p, is_causal,
+                attn_mask=mask, scale=scale,
             )[0]  # fmt: skip
-            return theirs
+            return ungroup(theirs, q) if folds else theirs
         # PyTorch's fused kernel keeps the layout of q; its formula makes a contiguous result.
         out = torch.empty_like(q) if fused else q.new_empty(*q.shape[:-1], v.shape[-1])
         compute(ready, scale, out if out.dim() == 4 else out.view(*ready.q.shape[:3], v.shape[-1]))

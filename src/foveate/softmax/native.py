@@ -106,12 +106,13 @@ class Lead:
 
 
 # On a CPU with AMX. benchmarks/results/softmax.json has rows from 64 queries on, of decoding (32 heads on 8 of 128,
-# from 1 << 21 numbers on), and of training in float32 and bfloat16. What it has no row for was timed on one core by its
-# clock: float16, 8 to 64 queries, heads of 128 and 256, fewer numbers, gradients of 32 queries.
+# from 1 << 21 numbers on), and of training in float32 and bfloat16. What it has no row for was timed by its clock:
+# float16, 8 to 64 queries, heads of 128 and 256, gradients of 32 queries on one core, fewer numbers against PyTorch's
+# kernel with the heads of a group as queries on two.
 LEADS = {
-    torch.float32: Lead(queries=64, gradient=64, shared=1 << 20),
-    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 22),
-    torch.float16: Lead(queries=16, gradient=32, shared=0, alone=1 << 20),
+    torch.float32: Lead(queries=64, gradient=64, shared=1 << 18, alone=1 << 18),
+    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 18),
+    torch.float16: Lead(queries=16, gradient=32, shared=1 << 18, alone=1 << 18),
 }
 _DECODING = 4  # queries; memory limits so few
 _SHORT = 1 << 23  # products; below, a call of `foveate.attention` is overhead
@@ -139,7 +140,7 @@ def leads(problem: Problem) -> bool:
     if torch.compiler.is_compiling():  # a graph serves every length
         return problem.q.dtype != torch.bfloat16 or has_pairs()
     batch, heads, queries, keys = problem.shape
-    if batch * heads * queries * keys * problem.q.shape[3] < _SHORT:
+    if queries > _DECODING and batch * heads * queries * keys * problem.q.shape[3] < _SHORT:
         return False
     return leads_forward(problem.q, problem.k)
 
@@ -448,9 +449,9 @@ class Pages(NamedTuple):
         return self.table.shape[1] * self.size
 
 
-def run_paged(problem: Problem, pages: Pages, lengths: Tensor) -> Result:
+def run_paged(problem: Problem, pages: Pages, lengths: Tensor, kernel: str = "") -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
-    given = _arguments(problem, "", 0)._replace(lengths=lengths)  # no page past a length is touched
+    given = _arguments(problem, kernel, 0)._replace(lengths=lengths)  # no page past a length is touched
     out, lse, _ = _forward(problem.q, pages.key_pages, pages.value_pages, given, pages)
     return Result(out, lse)
 

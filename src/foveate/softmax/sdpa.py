@@ -12,7 +12,7 @@ import torch
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
-from foveate.primitives import without_unseen
+from foveate.primitives import group, ungroup, without_unseen
 from foveate.problem import Problem, Result
 from foveate.score import Bias
 from foveate.values import describe
@@ -80,14 +80,17 @@ def run(problem: Problem) -> Result:
         # A float32 bias stays float32 beside a narrower q: the kernel adds it to scores that are float32.
         mask, seen = term.full().to(torch.promote_types(term.tensor.dtype, problem.q.dtype)), term.seen()
         k, v = without_unseen(k, seen), without_unseen(v, seen)
+    q = problem.q
+    if k.device.type == "cpu" and not causal and (mask is None or mask.shape[1:3] == (1, 1)):
+        q = group(q, k)  # the kernel for CPUs reads the keys for every head
     if mask is None and k.device.type == "cpu" and k.shape[2] < _FEW_KEYS:
         # Without a mask the kernel loses a NaN of the query among so few keys.
-        mask = torch.ones(problem.q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
         mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
-        problem.q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=problem.group > 1
+        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return Result(out, None)
+    return Result(ungroup(out, problem.q), None)
 
 
 def _sees_all(problem: Problem) -> bool:

@@ -5,6 +5,7 @@ future. Importing this registers them.
 """
 
 from foveate.integrations.transformers.attending import attention
+from foveate.integrations.transformers.cache import GrowingCache
 from foveate.integrations.transformers.masks import Mask, mask
 from foveate.integrations.transformers.patching import (
     NAME,
@@ -16,6 +17,18 @@ from foveate.integrations.transformers.patching import (
     unregister,
 )
 
-__all__ = ["NAME", "Mask", "Patched", "attention", "is_patched", "mask", "patch", "register", "unpatch", "unregister"]
+__all__ = [
+    "NAME",
+    "GrowingCache",
+    "Mask",
+    "Patched",
+    "attention",
+    "is_patched",
+    "mask",
+    "patch",
+    "register",
+    "unpatch",
+    "unregister",
+]
 
 register()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate import capture
+from foveate import capture, shortcut
 from foveate.dispatch import dispatch
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.transformers.masks import Mask
@@ -94,13 +94,20 @@ def attention(
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for every row
     score = reduce(add, scores) if scores else None
     query_sinks = more.get("sinks")
+    wanted = plan.gives_weights and (more.get("output_attentions") or _weights_are_collected())
+    known = None
+    if score is None and query_sinks is None and not dropout and not wanted:
+        known = shortcut.signature(query, key, value, pattern, scaling, start, "auto")
+        if known is not None and (out := shortcut.again(known, query, key, value)) is not None:
+            return out.transpose(1, 2).contiguous(), None
     call = problem(
         query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout,
         needs_lse=query_sinks is not None,
     )  # fmt: skip
     result = dispatch(call)
+    if known is not None:
+        shortcut.remember(known, call, "auto")
     out = result.out
-    wanted = plan.gives_weights and (more.get("output_attentions") or _weights_are_collected())
     weights = capture.weights(call) if wanted else None
     if query_sinks is not None:  # a sink for every query `[B, H, Nq, 1]` takes its share when all else is summed
         assert result.lse is not None
