@@ -7,7 +7,7 @@ heads without a repeated k or v, any strides with a unit last one. `native/` hol
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput, unsupported
 from foveate.pattern.crossing import cannot_cross, listed, tiles, written
 from foveate.pattern.lists import Lists
-from foveate.pattern.reach import reach
+from foveate.pattern.reach import Reach, reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.primitives import readable
@@ -179,8 +179,7 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     simple = reach(problem.pattern)
     held: Sequence[Tensor] = ()
     if simple is not None:
-        pattern, lengths = "", simple.lengths
-        left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
+        pattern, lengths, (left, right) = "", simple.lengths, _sides(simple)
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
@@ -188,6 +187,56 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
         held, tensors, starts, lengths, start, left, right, pattern, score, problem.scale, problem.dropout,
         problem.seed or 0, kernel, threads,
     )  # fmt: skip
+
+
+ALL_TILES, NO_BIAS = (0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0)
+
+
+def bare(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, reach_at: tuple[int, int, int, int, int],
+    tiles_at: tuple[int, int, int, int, int, int] = ALL_TILES, bias: tuple[int, int, int, int, int] = NO_BIAS,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What `_native.forward` takes of readable tensors, where nothing changes the scores but a bias tensor.
+
+    `reach_at`: where the starts of the batch rows lie (0: nowhere), the start of all, where their lengths lie, and how
+    far a query sees to the left and to the right.
+    """
+    batch, heads, queries, dim = q.shape
+    _, key_heads, keys, value_dim = v.shape
+    return (
+        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
+        (batch, heads, key_heads, queries, keys, dim, value_dim), scale, (0, 0, 0), 0.0, (0, 0, 0), bias, 0, 0, 0.0,
+        reach_at, tiles_at, NO_LISTS, "", torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def direct(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What `run` comes to for q, k, v like these, where no gradient is needed and a reach says all that is hidden."""
+    simple, start, scale = reach(problem.pattern), problem.query_start, problem.scale
+    if problem.score is not None or problem.dropout or problem.needs_gradient or isinstance(start, Tensor):
+        return None
+    if simple is None or simple.lengths is not None or not problem.q.numel() or not problem.v.numel():
+        return None
+    reach_at = 0, start, 0, *_sides(simple)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = readable(q), readable(k), readable(v)
+        out, lse = _new_out(q, v), torch.empty(q.shape[:3], dtype=torch.float32)  # named: the kernel writes to both
+        _native.forward(*bare(q, k, v, out, lse, scale, reach_at))
+        return out
+
+    return call
+
+
+def _sides(simple: Reach) -> tuple[int, int]:
+    """How far a reach goes to the left and to the right."""
+    left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
+    return left, right
+
+
+def _new_out(q: Tensor, v: Tensor) -> Tensor:
+    """Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it."""
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
 
 
 class _Call:
@@ -234,7 +283,7 @@ class _Call:
         q, k, v = self.alive[:3]
         given, bias, distances = self.given, self.bias, self.distances
         batch, heads, _, queries, keys = self.sizes[:5]
-        tiles_at = (0, 0, 0, 0, 1, 1)
+        tiles_at = ALL_TILES
         limits, chosen_at = (given.lengths, given.left, given.right), NO_LISTS
         if lists is not None:
             limits, chosen_at = self._chosen(lists)
@@ -252,7 +301,7 @@ class _Call:
             (lse.data_ptr(), 0 if rest is None else rest.data_ptr()), self.sizes, given.scale,
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
-            (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
+            NO_BIAS if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
             self.sinks, given.seed, given.dropout, reach_at, tiles_at, chosen_at, given.kernel,
             given.threads or torch.get_num_threads(),
         )  # fmt: skip
@@ -303,8 +352,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    # Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it.
-    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
+    out = _new_out(q, v)
     lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
