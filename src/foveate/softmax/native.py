@@ -221,11 +221,20 @@ def direct(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor] | Non
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = readable(q), readable(k), readable(v)
-        out, lse = _new_out(q, v), torch.empty(q.shape[:3], dtype=torch.float32)  # named: the kernel writes to both
+        out, lse = _new_out(q, v), _floats(q.shape[:3])  # named: the kernel writes to both
         _native.forward(*bare(q, k, v, out, lse, scale, reach_at))
         return out
 
     return call
+
+
+def _floats(shape: Sequence[int]) -> Tensor:
+    """Room for float32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def _sides(simple: Reach) -> tuple[int, int]:
@@ -236,7 +245,7 @@ def _sides(simple: Reach) -> tuple[int, int]:
 
 def _new_out(q: Tensor, v: Tensor) -> Tensor:
     """Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it."""
-    return torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype, device="cpu").transpose(1, 2)
 
 
 class _Call:
@@ -257,7 +266,7 @@ class _Call:
         sinks = None if self.score is None or self.score.sinks is None else self.score.sinks.logits
         self.pages = (0, 0, 0) if pages is None else (self._hold(pages.table), pages.table.shape[1], pages.size)
         self.sinks = 0 if sinks is None else self._hold(sinks.float())
-        self.outside = torch.zeros(1, dtype=torch.int32)
+        self.outside = torch.zeros(1, dtype=torch.int32, device="cpu")
 
     def _hold(self, x: Tensor) -> int:
         """The address of a contiguous tensor, which lives as long as this does."""
@@ -332,7 +341,7 @@ class _Call:
         if not terms:
             return None
         at = self.along_distances()
-        total = torch.zeros(1, self.sizes[1], at.query.shape[2], 1)
+        total = _zeros((1, self.sizes[1], at.query.shape[2], 1))
         for term in terms:
             total = term.apply(total, at)
         return total.squeeze(3).contiguous()
@@ -341,10 +350,11 @@ class _Call:
         """The pairs of those entries: key 0, and rows from keys − 1 before the first one on."""
         batch, heads, _, queries, keys = self.sizes[:5]
         first = starts_of(self.position, batch, queries, keys, torch.device("cpu")).view(-1, 1, 1, 1)
-        back = first + torch.arange(1 - keys, queries + TILE).view(1, 1, -1, 1)
+        back = first + torch.arange(1 - keys, queries + TILE, device="cpu").view(1, 1, -1, 1)
         return Pairs(
-            batch=torch.arange(batch).view(-1, 1, 1, 1), head=torch.arange(heads).view(1, -1, 1, 1), row=back,
-            query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64), keys=keys,
+            batch=torch.arange(batch, device="cpu").view(-1, 1, 1, 1),
+            head=torch.arange(heads, device="cpu").view(1, -1, 1, 1), row=back,
+            query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cpu"), keys=keys,
         )  # fmt: skip
 
 
@@ -353,7 +363,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
     out = _new_out(q, v)
-    lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    lse, rest = _floats(q.shape[:3]), _floats(q.shape[:3])
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
         _native.forward(*call.arguments(out, lse, rest, call.lists()))
@@ -367,21 +377,21 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v and of those tensors of the score that are wanted (the others are zeros)."""
-    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    dq, dk, dv = (_zeros(x.shape) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix.
-    d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
+    d_tensors = [_zeros(x.shape, torch.float64) for x in given.tensors]
     if lse.numel():
         call = _Call(q, k, v, given)
         d_out, out = readable(d_out), readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
         bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
-        d_bias = None if bias is None else torch.zeros(bias.full().shape)
+        d_bias = None if bias is None else _zeros(bias.full().shape)
         by_distance = [
             term for term in terms if terms[term][1] and not isinstance(term, Bias) and hasattr(term, "collect")
         ]
         d_distances = None
         if by_distance and call.distances is not None:
-            d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
+            d_distances = _zeros(call.distances.shape, torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
             *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
@@ -511,10 +521,10 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     `[B, H, Nq]`; received `[B, H, Nk]`.
     """
     batch, heads, queries, keys = problem.shape
-    indices = torch.empty(batch, heads, queries, top, dtype=torch.int64)
-    weights = torch.empty(batch, heads, queries, top)
-    rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
-    received = torch.zeros(batch, heads, keys)
+    indices = torch.empty(batch, heads, queries, top, dtype=torch.int64, device="cpu")
+    weights = _floats((batch, heads, queries, top))
+    rest, lse, entropy = (_floats((batch, heads, queries)) for _ in range(3))
+    received = _zeros((batch, heads, keys))
     if lse.numel():
         call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
         out = problem.q  # nothing is written there

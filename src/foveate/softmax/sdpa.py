@@ -100,7 +100,7 @@ def run(problem: Problem) -> Result:
         q = group(q, k)  # the kernel for CPUs reads the keys for every head
     if mask is None and k.device.type == "cpu" and k.shape[2] < _FEW_KEYS:
         # Without a mask the kernel loses a NaN of the query among so few keys.
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
         mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1]
