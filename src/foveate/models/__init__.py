@@ -24,6 +24,7 @@ FAMILIES = {
     "qwen3": "qwen",
     "roberta": "roberta",
     "t5": "t5",
+    "timesformer": "timesformer",
     "vit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "roberta",
