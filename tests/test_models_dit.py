@@ -335,3 +335,17 @@ def test_what_does_not_fit_is_said() -> None:
             sized(images, times, caption, size=nothing)
     with pytest.raises(fv.InvalidInput, match="the model is not told sizes: leave it out"):
         model(images, times, caption, size=torch.ones(2, 2))
+
+
+def test_presets_are_as_large_as_the_papers_say() -> None:
+    """DiT's paper has one condition for all blocks, diffusers a copy for each."""
+    with torch.device("meta"):
+        large = {name: dit.ClassToImage(config) for name, config in dit.PRESETS.items()}
+        text = pixart.TextToImage(pixart.PRESETS["pixart-alpha-1024"])
+    found = {name: _millions(model) - _millions(model.conditions[1:]) for name, model in large.items()}
+    assert found == {"dit-s-2": 33, "dit-b-2": 130, "dit-l-2": 458, "dit-xl-2": 675, "dit-xl-2-512": 675}
+    assert _millions(text) == 611
+
+
+def _millions(model: nn.Module) -> int:
+    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)

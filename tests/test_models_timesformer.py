@@ -138,6 +138,13 @@ def test_it_begins_as_a_model_of_images() -> None:
         assert torch.equal(block.time(x), x)
 
 
+def test_it_is_as_large_as_the_paper_says() -> None:
+    """121.4 million, table 2, with the labels of Something-Something."""
+    with torch.device("meta"):
+        model = timesformer.VideoClassifier(timesformer.Config(labels=174))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 121.4
+
+
 def test_what_does_not_fit_is_said() -> None:
     model = timesformer.Model(timesformer.Config(**SMALL))
     for shape in ((1, 5, 3, 12, 12), (1, 5, 2, 12, 13), (1, 5, 2, 10, 12), (5, 2, 12, 12), (1, 0, 2, 12, 12)):

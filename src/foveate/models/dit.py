@@ -242,6 +242,6 @@ FORMATS = {
     "DiTTransformer2DModel": Format(
         config=Config, architectures={"DiTTransformer2DModel": ClassToImage}, names=NAMES,
         fields=FIELDS | {"classes": "num_embeds_ada_norm"}, fixed=FIXED | {"norm_type": "ada_norm_zero"},
-        kind_key="_class_name", files=DIFFUSERS,
+        ignored=("pos_embed.pos_embed",), kind_key="_class_name", files=DIFFUSERS,
     )
 }  # fmt: skip

@@ -223,7 +223,7 @@ FORMATS = {
         fixed=dit.FIXED | {"norm_type": "ada_norm_single", "attention_type": "default"},
         defaults={"caption_channels": None},
         names=NAMES,
-        ignored=("caption_projection.y_embedding",),
+        ignored=("caption_projection.y_embedding", "pos_embed.pos_embed"),
         kind_key="_class_name",
         files=DIFFUSERS,
     )
