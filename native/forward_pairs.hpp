@@ -33,25 +33,27 @@ static inline void pairs_over(const float* scores, int64_t keys, float binary, c
 }
 
 // Scores become pairs of weights; whether any sum so far has to shrink. Bases hold for most tiles, so weights are made
-// with the old ones, and their sums say whether a score stood too far above: only then are there maxima, and new weights.
+// with the old ones, and their sums say which rows had a score too far above: only those get their maxima, and all weights
+// are made anew. A row's bits depend on no other row.
 template <int wide>
 static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
     Floats base[wide], sum[wide];
-    Ints unset{}, large{}, raised{};
+    Ints wanting[wide], some{}, raised{}, begun{};
     for (int n = 0; n < wide; ++n) {
         base[n] = load(state.base + n * lanes);
-        unset |= base[n] == spread(-INFINITY);
+        wanting[n] = base[n] == spread(-INFINITY);
+        begun |= ~wanting[n];
     }
-    bool holds = !any(unset);
-    if (holds) {
-        pairs_over<wide>(scores, keys, binary, base, sum, pairs);
-        for (int n = 0; n < wide; ++n) large |= (sum[n] <= spread(most_sum)) == 0;  // or NaN
-        holds = !any(large);
+    if (any(begun)) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
+    for (int n = 0; n < wide; ++n) {
+        if (any(begun)) wanting[n] |= (sum[n] <= spread(most_sum)) == 0;  // or NaN
+        some |= wanting[n];
     }
+    const bool holds = !any(some);
     for (int n = 0; n < wide && !holds; ++n) {
         Floats top = spread(-INFINITY);
         for (int64_t key = 0; key < keys; ++key) top = larger(load(scores + key * half + n * lanes), top);
-        const Floats old = base[n], risen = larger(top * spread(binary), old);
+        const Floats old = base[n], risen = wanting[n] ? larger(top * spread(binary), old) : old;
         raised |= risen > old;
         base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
         store(shrink + n * lanes, risen > old ? power_of_two(old - base[n]) : spread(1.0f));
