@@ -31,7 +31,7 @@ test-all: $(VENV)/.dev ## run the slow tests too
 
 test-timm: $(VENV)/.dev ## test timm's models, apart: the torchvision that timm needs breaks transformers beside a torch for CPUs alone
 	@$(BIN)/python -m pip install -qq --no-deps --upgrade --target build/timm -c constraints.txt timm torchvision
-	@PYTHONPATH=build/timm $(BIN)/python -m pytest tests/test_timm.py $(ARGS)
+	@PYTHONPATH=build/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_timm_detr.py $(ARGS)
 
 check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
 	$(BIN)/ruff check

@@ -14,6 +14,28 @@ static int64_t decode_bytes(const Call& call) {
     return 4 * (rows * (padded(call.dim) + stretch) + tile * (padded(call.dim) + padded(call.value_dim)));  // merge needs less
 }
 
+// bfloat16 is read as it lies: each lane holds two numbers, and either is a float32 without the other. What meets it, q and
+// the sums of values, keeps for every two vectors the numbers at even places first and then those at odd places.
+struct Halves {
+    Floats even, odd;
+};
+static inline Halves halves_of(const uint16_t* p) {
+    const Ints both = bits_of(load(reinterpret_cast<const float*>(p)));
+    return {floats_of(both << 16), floats_of(both & static_cast<int32_t>(0xffff0000))};
+}
+static inline int64_t place_in_halves(int64_t d) { return d / (2 * lanes) * (2 * lanes) + d % 2 * lanes + d % (2 * lanes) / 2; }
+
+static inline bool reads_halves(const Call& call) {
+    return call.dtype == Dtype::bfloat16 && call.dim % (2 * lanes) == 0 && call.value_dim % (2 * lanes) == 0;
+}
+
+// A processor fetches ahead by itself, but not from one page of memory into another.
+constexpr int64_t ahead = 16;  // rows
+template <typename Number>
+static inline void fetch(const Number* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(Number))) __builtin_prefetch(row + d, 0, 2);
+}
+
 // scores[row][key] for some rows and `lanes / rows` keys; q has whole vectors, zeros beyond the dimension.
 template <int rows>
 static inline void dots(const float* q, int64_t q_row, const float* k, int64_t k_row, int64_t dim, float* scores) {
@@ -42,17 +64,96 @@ static inline void dots(const float* q, int64_t q_row, const float* k, int64_t k
 }
 
 template <int rows>
-static void dots_of_tile(const float* q, int64_t q_row, const Rows& k, int64_t keys, int64_t dim, float* scores) {
+static inline void dots(const float* q, int64_t q_row, const uint16_t* k, int64_t k_row, int64_t dim, float* scores) {
+    constexpr int keys = lanes / rows;
+    Floats sum[lanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes; ++n) sum[n] = Floats{};
+    for (int64_t d = 0; d < dim; d += 2 * lanes)
+#pragma GCC unroll 16
+        for (int key = 0; key < keys; ++key) {
+            const Halves one = halves_of(k + key * k_row + d);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) {
+                sum[row * keys + key] += one.even * load(q + row * q_row + d);
+                sum[row * keys + key] += one.odd * load(q + row * q_row + d + lanes);
+            }
+        }
+    float found[lanes];
+    store(found, sums_of(sum));
+    for (int row = 0; row < rows; ++row) memcpy(scores + row * stretch, found + row * keys, sizeof(float) * keys);
+}
+
+static inline Floats parts_of_dot(const float* q, const float* k, int64_t dim) {
+    Floats sum{};
+    for (int64_t d = 0; d < dim; d += lanes) sum += load(q + d) * load_some(k + d, dim - d);
+    return sum;
+}
+static inline Floats parts_of_dot(const float* q, const uint16_t* k, int64_t dim) {
+    Floats sum{};
+    for (int64_t d = 0; d < dim; d += 2 * lanes) {
+        const Halves one = halves_of(k + d);
+        sum += one.even * load(q + d) + one.odd * load(q + d + lanes);
+    }
+    return sum;
+}
+
+template <int rows, typename Number>
+static void dots_of_rows(const float* q, int64_t q_row, const Number* k, int64_t k_row, int64_t keys, int64_t dim, float* scores) {
     constexpr int step = lanes / rows;
     int64_t key = 0;
-    for (; key + step <= keys; key += step) dots<rows>(q, q_row, k.data + key * k.stride, k.stride, dim, scores + key);
+    for (; key + step <= keys; key += step) {
+        for (int64_t n = 0; n < step; ++n) fetch(k + (key + n + ahead) * k_row, dim);
+        dots<rows>(q, q_row, k + key * k_row, k_row, dim, scores + key);
+    }
     for (; key < keys; ++key)  // the last few: one at a time
-        for (int row = 0; row < rows; ++row) {
-            Floats sum{};
-            for (int64_t d = 0; d < dim; d += lanes)
-                sum += load(q + row * q_row + d) * load_some(k.data + key * k.stride + d, dim - d);
-            scores[row * stretch + key] = sum_of(sum);
+        for (int row = 0; row < rows; ++row) scores[row * stretch + key] = sum_of(parts_of_dot(q + row * q_row, k + key * k_row, dim));
+}
+
+template <typename Number>
+static void dots_of_tile(const float* q, int64_t rows, int64_t q_row, const Number* k, int64_t k_row, int64_t keys, int64_t dim,
+                         float* scores) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) dots_of_rows<4>(q + row * q_row, q_row, k, k_row, keys, dim, scores + row * stretch);
+    for (; row + 2 <= rows; row += 2) dots_of_rows<2>(q + row * q_row, q_row, k, k_row, keys, dim, scores + row * stretch);
+    if (row < rows) dots_of_rows<1>(q + row * q_row, q_row, k, k_row, keys, dim, scores + row * stretch);
+}
+
+// out[row] += Σ_key weights[row][key] · v[key], for a few rows.
+template <int rows>
+static inline void add_halves(const float* weights, const uint16_t* v, int64_t v_row, int64_t keys, int64_t value_dim,
+                              float* out, int64_t out_row) {
+    for (int64_t d = 0; d < value_dim; d += 2 * lanes) {
+        Halves sum[rows];
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) sum[row] = {Floats{}, Floats{}};
+        for (int64_t key = 0; key < keys; ++key) {
+            if (d == 0) fetch(v + (key + ahead) * v_row, value_dim);
+            const Halves one = halves_of(v + key * v_row + d);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) {
+                const Floats weight = spread(weights[row * stretch + key]);
+                sum[row].even += weight * one.even;
+                sum[row].odd += weight * one.odd;
+            }
         }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+            float* place = out + row * out_row + d;
+            store(place, load(place) + sum[row].even);
+            store(place + lanes, load(place + lanes) + sum[row].odd);
+        }
+    }
+}
+
+static void add_values(const float* weights, int64_t rows, const uint16_t* v, int64_t v_row, int64_t keys, int64_t value_dim,
+                       float* out, int64_t out_row) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4)
+        add_halves<4>(weights + row * stretch, v, v_row, keys, value_dim, out + row * out_row, out_row);
+    for (; row + 2 <= rows; row += 2)
+        add_halves<2>(weights + row * stretch, v, v_row, keys, value_dim, out + row * out_row, out_row);
+    if (row < rows) add_halves<1>(weights + row * stretch, v, v_row, keys, value_dim, out + row * out_row, out_row);
 }
 
 // Which of 64 keys a query sees, as bits; `mine` has been moved to the column or past it.
@@ -93,12 +194,21 @@ static void adjust_row(const Call& call, int64_t batch, int64_t head, int64_t qu
 
 // A weight of 0 hides its value, whatever that holds.
 static void guarded_rows(const Rows& v, int64_t keys, int64_t value_dim, const float* weights, int64_t rows, float* out,
-                         int64_t out_row) {
+                         int64_t out_row, bool halves) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t key = 0; key < keys; ++key) {
             const float weight = weights[row * stretch + key];
-            for (int64_t d = 0; d < value_dim && weight != 0; ++d) out[row * out_row + d] += weight * v.data[key * v.stride + d];
+            for (int64_t d = 0; d < value_dim && weight != 0; ++d)
+                out[row * out_row + (halves ? place_in_halves(d) : d)] += weight * v.data[key * v.stride + d];
         }
+}
+
+// How many keys from `first` on, at most `count`, lie one after the other.
+static inline int64_t keys_together(const Call& call, int64_t first, int64_t count) {
+    return call.pages ? least(count, call.page_size - first % call.page_size) : count;
+}
+static inline const uint16_t* halves_at(const Call& call, const View& view, int64_t batch, int64_t head, int64_t n) {
+    return static_cast<const uint16_t*>(view.data) + place_of(call, view, batch, head, n, call.pages);
 }
 
 static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t first, int64_t end, float* part,
@@ -107,7 +217,8 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     const int64_t group = call.heads / call.key_heads, rows = rows_in_group(call), floats = part_floats(call);
     const bool adjusted = adjusts(call);
     const float binary = adjusted ? log2e : call.scale * log2e;
-    // Half precision is widened a few keys at a time, so that it stays in the first cache.
+    const bool halves = reads_halves(call);
+    // Other half precision is widened a few keys at a time, so that it stays in the first cache.
     const int64_t few = call.dtype == Dtype::float32 ? tile : 16;
     float* q = reinterpret_cast<float*>(scratch);
     float* scores = q + rows * wide;
@@ -118,8 +229,11 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     for (int64_t g = 0; g < group; ++g) {
         const int64_t head = key_head * group + g;
         const Rows from = rows_of(call, call.q, batch, head, 0, call.queries, dim, wide_k);
-        for (int64_t n = 0; n < call.queries; ++n)
-            memcpy(q + (g * call.queries + n) * wide, from.data + n * from.stride, sizeof(float) * dim);
+        for (int64_t n = 0; n < call.queries; ++n) {
+            float* row = q + (g * call.queries + n) * wide;
+            if (!halves) memcpy(row, from.data + n * from.stride, sizeof(float) * dim);
+            for (int64_t d = 0; d < dim && halves; ++d) row[place_in_halves(d)] = from.data[n * from.stride + d];
+        }
         columns[g] = columns_of(call, batch, head, 0);
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -145,14 +259,16 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
             if (!some[c]) continue;
             all[c] = all[c] == inside && !call.bias;  // a bias may hide too
             float* here = scores + c * tile;
-            for (int64_t key = 0; key < keys; key += few) {
-                const int64_t some_keys = least(few, keys - key);
-                const Rows k = keys_of(call, batch, key_head, first_key + key, some_keys, wide_k, few);
-                float* to = here + key;
-                int64_t row = 0;
-                for (; row + 4 <= rows; row += 4) dots_of_tile<4>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
-                for (; row + 2 <= rows; row += 2) dots_of_tile<2>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
-                if (row < rows) dots_of_tile<1>(q + row * wide, wide, k, some_keys, dim, to + row * stretch);
+            for (int64_t key = 0, some_keys; key < keys; key += some_keys) {
+                if (halves) {
+                    some_keys = keys_together(call, first_key + key, keys - key);
+                    const uint16_t* k = halves_at(call, call.k, batch, key_head, first_key + key);
+                    dots_of_tile(q, rows, wide, k, call.k.row, some_keys, dim, here + key);
+                } else {
+                    some_keys = least(few, keys - key);
+                    const Rows k = keys_of(call, batch, key_head, first_key + key, some_keys, wide_k, few);
+                    dots_of_tile(q, rows, wide, k.data, k.stride, some_keys, dim, here + key);
+                }
             }
             for (int64_t row = 0; row < rows; ++row) {
                 float* score = here + row * stretch;
@@ -190,19 +306,30 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
         for (int64_t c = 0; c < count; ++c) {
             if (!some[c]) continue;
             const int64_t first_key = (from + c) * tile, keys = keys_at(call, batch, first_key);
-            for (int64_t key = 0; key < keys; key += few) {
-                const int64_t some_keys = least(few, keys - key);
+            for (int64_t key = 0, some_keys; key < keys; key += some_keys) {
                 const float* weights = scores + c * tile + key;
+                if (halves && all[c]) {
+                    some_keys = keys_together(call, first_key + key, keys - key);
+                    const uint16_t* v = halves_at(call, call.v, batch, key_head, first_key + key);
+                    add_values(weights, rows, v, call.v.row, some_keys, value_dim, part + 2, floats);
+                    continue;
+                }
+                some_keys = least(few, keys - key);
                 const Rows v = values_of(call, batch, key_head, first_key + key, some_keys, wide_v, few);
-                if (all[c] || finite(v, some_keys, value_dim)) {
+                if (!halves && (all[c] || finite(v, some_keys, value_dim))) {
                     const Rows whole = whole_vectors(v, some_keys, value_dim, wide_v);
                     products<false, Into::added>(weights, rows, stretch, whole.data, whole.stride, some_keys,
                                                  value_wide / lanes, part + 2, floats);
                 } else {
-                    guarded_rows(v, some_keys, value_dim, weights, rows, part + 2, floats);
+                    guarded_rows(v, some_keys, value_dim, weights, rows, part + 2, floats, halves);
                 }
             }
         }
+    }
+    for (int64_t row = 0; row < rows && halves; ++row) {
+        float* mine = part + row * floats + 2;
+        memcpy(wide_v, mine, sizeof(float) * value_dim);
+        for (int64_t d = 0; d < value_dim; ++d) mine[d] = wide_v[place_in_halves(d)];
     }
 }
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate.integrations import fused
 from foveate.integrations.diffusers import narrow
 
 
@@ -74,9 +73,8 @@ def assert_alike(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_accelerate_reaches_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "leads_forward", lambda *_: True)
-    monkeypatch.setattr(fused, "leads_backward", lambda *_: True)
+@pytest.mark.usefixtures("_nothing_stays", "_ours")
+def test_accelerate_reaches_diffusers(name: str) -> None:
     before = results(name)
     with fv.accelerate() as acceleration:
         during = results(name)

@@ -92,6 +92,19 @@ def test_every_python_block_runs_and_prints_what_the_page_says(page: Path) -> No
             assert printed.getvalue() == block.printed, f"{named(page)}, line {block.line}"
 
 
+@pytest.mark.parametrize("library", ["PyTorch", "Hugging Face transformers", "timm", "diffusers"])
+def test_each_library_has_a_section_to_copy(library: str, tmp_path: Path) -> None:
+    """A block of Python each, which the test of all pages runs; timm's is run where timm is, by its own tests."""
+    page = (DOCS / "use-it.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {library}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    (tmp_path / "section.md").write_text(section[1], encoding="utf-8")
+    found = [block for block in blocks(tmp_path / "section.md") if block.language == "python"]
+    assert found
+    assert [block.skipped for block in found] == [library == "timm"]
+    assert "test_what_the_page_shows_runs" in (ROOT / "tests" / "test_timm.py").read_text(encoding="utf-8")
+
+
 def commands() -> list[tuple[str, str]]:
     """Every command line that a page shows, with the page that shows it first."""
     found: dict[str, str] = {}

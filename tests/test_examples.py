@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +55,37 @@ def test_a_scene_has_its_digit_where_it_says() -> None:
         same = (digits.images == scene[top : top + 8, left : left + 8]).all(-1).all(-1)
         assert digits.labels[same].tolist() == [label]
     assert len(digits.images) + len(tested.images) == 1797
+
+
+def test_long_documents_says_the_same_when_foveate_runs_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from foveate import cli
+
+    script, tiny = str(EXAMPLES / "long_documents.py"), ["--length", "700", "--layers", "3"]
+    assert "foveate" not in Path(script).read_text("utf-8").partition('"""\n\nfrom')[2]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with torch.random.fork_rng():
+        example("long_documents").main(tiny)
+        plain, _ = capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["foveate", "run", script, *tiny])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    ours, said = capsys.readouterr()
+    assert not ended.value.code
+    assert ours == plain
+    assert len(ours.splitlines()) == 8
+    blind = torch.nn.functional.scaled_dot_product_attention  # without its masks the script says something else
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask, **more: blind(q, k, v, **more)
+    )
+    with torch.random.fork_rng():
+        example("long_documents").main(tiny)
+    assert capsys.readouterr().out != plain
+    assert "foveate        6 × forward\n" in said
+    assert "pytorch" not in said
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,18 @@ from foveate.pattern.packing import Documents
 from foveate.pattern.positional import Chunks, Window
 from foveate.problem import Problem, Result
 from foveate.score import Score
+
+PROMISED = {
+    "bert", "roberta", "distilbert", "gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss",
+    "llama4", "deepseek_v3", "t5", "bart", "marian", "whisper", "vit", "dinov2", "clip", "detr", "llava",
+}  # fmt: skip
+
+
+def test_every_family_that_was_promised_is_compared() -> None:
+    assert PROMISED - FAMILIES.keys() == set()
+    labels = {family.label.split(" (")[0] for family in FAMILIES.values()}
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [label for label in labels if f"| {label}" not in page] == []
 
 
 @cache

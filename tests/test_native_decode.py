@@ -14,13 +14,19 @@ from foveate.softmax import reference
 KEYS, DIM, VALUE_DIM = 587, 11, 13
 
 
-def few(queries: int, key_heads: int = 2, group: int = 3, **more: object) -> Problem:
+WHOLE = (64, 96)  # head sizes of whole vectors, of which bfloat16 is read as it lies
+
+
+def few(
+    queries: int, key_heads: int = 2, group: int = 3, sizes: tuple[int, int] = (DIM, VALUE_DIM), **more: object
+) -> Problem:
     """Two batch rows of a few queries against several hundred keys."""
+    size, value_size = sizes
     heads = key_heads * group
     q, k, v = (
         normal(2, h, length, dim, seed=seed)
         for seed, (h, length, dim) in enumerate(
-            ((heads, queries, DIM), (key_heads, KEYS, DIM), (key_heads, KEYS, VALUE_DIM))
+            ((heads, queries, size), (key_heads, KEYS, size), (key_heads, KEYS, value_size))
         )
     )
     return problem(q, k, v, needs_lse=True, **more)  # type: ignore[arg-type]
@@ -63,6 +69,18 @@ def test_every_pattern_and_score(pattern: str, score: str) -> None:
             budget.check(on(kernel))
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16_in_whole_vectors(pattern: str, group: int) -> None:
+    mask = fv.from_mask(torch.rand(2, 2 * group, 1, KEYS, generator=torch.Generator().manual_seed(3)) > 0.6)
+    chosen = mask if pattern == "mask" else PATTERNS[pattern]
+    for score in (None, _scores(2 * group)["bias"]):
+        call = few(1, 2, group, WHOLE, pattern=chosen, score=score)
+        budget = Budget(call, torch.bfloat16, gradients=False)
+        for kernel in KERNELS:
+            budget.check(on(kernel))
+
+
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 4), (1, 64), (1, 65), (16, 4), (16, 5), (17, 1), (4, 7)])
 def test_both_ways_mean_the_same_where_they_meet(queries: int, group: int) -> None:
     """Up to 16 queries and 64 rows of a group go one way, more the other."""
@@ -89,10 +107,10 @@ def test_nothing_past_the_length_is_read(length: int, poison: float) -> None:
     """A cache is longer than what it holds: what lies behind never matters, nor does what a bias hides."""
     hiding = torch.zeros(1, 1, 1, KEYS)
     hiding[..., length:] = -torch.inf
-    for dtype, (pattern, score) in itertools.product(
-        DTYPES, ((fv.padding(torch.tensor([length] * 2)), None), (None, fv.bias(hiding)))
+    for dtype, sizes, (pattern, score) in itertools.product(
+        DTYPES, ((DIM, VALUE_DIM), WHOLE), ((fv.padding(torch.tensor([length] * 2)), None), (None, fv.bias(hiding)))
     ):
-        call = few(1, pattern=pattern, score=score)
+        call = few(1, sizes=sizes, pattern=pattern, score=score)
         for kernel in KERNELS:
             found = []
             for filler in (0.0, poison):

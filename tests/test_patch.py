@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import types
 import warnings
 from typing import Any
 
@@ -102,17 +101,17 @@ def test_a_window_makes_of_llama_what_mistral_is() -> None:
     assert torch.equal(tokens, theirs)
 
 
+@pytest.mark.parametrize("narrow", [fv.streaming(1, 4), fv.window(3), fv.chunks(5)], ids=repr)
 @pytest.mark.parametrize("layers", [[1], [-1], ["model.layers.1"], ["layers.1.self_attn"]])
-def test_a_pattern_holds_in_the_layers_that_were_chosen(layers: list[int | str]) -> None:
+def test_a_pattern_holds_in_the_layers_that_were_chosen(layers: list[int | str], narrow: fv.Pattern) -> None:
     network = build("llama")
-    narrow = fv.streaming(1, 4)
     with fv.patch(network, narrow, layers=layers), fv.watch(network) as seen:
         logits(network, input_ids=left_padded()["input_ids"])
     assert not any(hasattr(module, "foveate_plan") for module in network.modules())
     first, second = (call.pattern for call in seen.calls)
     assert repr(first) == "causal"
     assert second is not None
-    assert torch.equal(second.dense(17, 17), narrow.dense(17, 17))
+    assert torch.equal(second.dense(17, 17), (fv.causal & narrow).dense(17, 17))
 
 
 def test_a_pattern_counts_beside_a_mask_of_the_caller_too() -> None:
@@ -255,44 +254,6 @@ def test_a_class_is_what_its_forward_is_and_not_what_it_inherits() -> None:
     assert kind_of(nn.Linear) == ""
 
 
-def test_register_is_for_the_process_and_can_be_undone() -> None:
-    network = build("bert")
-    fv.register()
-    fv.register()
-    with fv.patch(network), pytest.raises(fv.FoveateError, match="foveate still computes for BertForMaskedLM: unpatch"):
-        fv.unregister()
-    fv.unregister()
-    with pytest.raises(ValueError, match="foveate"):
-        network.set_attn_implementation(NAME)
-    with pytest.raises(fv.FoveateError, match="foveate is not registered with transformers: nothing to undo"):
-        fv.unregister()
-    fv.register()
-    network.set_attn_implementation(NAME)
-
-
-def test_another_transformers_is_said_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    fv.register()
-    fv.unregister()
-    monkeypatch.setattr("transformers.__version__", "5.99.0")
-    with pytest.warns(UserWarning, match=r"transformers is 5\.99\.0 and foveate was tested with 5\.23"):
-        fv.register()
-    fv.register()  # once is enough
-
-
-def test_a_transformers_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = types.ModuleType("transformers")
-    old.__version__ = "4.40.0"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "transformers", old)
-    with pytest.raises(fv.FoveateError, match=r"transformers 4\.40\.0 has no attention interface: wanted 5\.23"):
-        fv.register()
-
-
-def test_a_missing_transformers_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(fv.FoveateError, match=r'transformers is missing: pip install "foveate\[hf\]"'):
-        fv.register()
-
-
 def test_weights_come_where_an_older_transformers_collects_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     network = build("bert")
     with fv.patch(network):
@@ -314,4 +275,15 @@ def test_a_failure_half_way_leaves_nothing_patched(monkeypatch: pytest.MonkeyPat
     assert network.config.text_config._attn_implementation == "eager"
     monkeypatch.undo()
     with fv.patch(network):
+        pass
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_patched() -> None:
+    network = git()
+    network.set_attn_implementation("eager")
+    with pytest.raises(UserWarning, match="GitSelfAttention compute their own attention"):  # as all are in these tests
+        fv.patch(network, fv.causal, layers=["git.image_encoder"], weights_from=[0])
+    assert network.config._attn_implementation == "eager"
+    assert not any(hasattr(module, "foveate_plan") for module in network.modules())
+    with pytest.warns(UserWarning, match="GitSelfAttention"), fv.patch(network):
         pass

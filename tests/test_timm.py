@@ -15,7 +15,6 @@ from torch import Tensor
 from vision import load_timm
 
 import foveate as fv
-from foveate.integrations import fused
 from foveate.integrations.timm import attention
 
 if find_spec("timm") is None:
@@ -140,10 +139,9 @@ def test_what_the_page_shows_runs() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_accelerate_reaches_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_nothing_stays", "_ours")
+def test_accelerate_reaches_timm(name: str) -> None:
     """Its Swin calls PyTorch's attention where `set_fused_attn(True, experimental=True)` asks for it."""
-    monkeypatch.setattr(fused, "leads_forward", lambda *_: True)
-    monkeypatch.setattr(fused, "leads_backward", lambda *_: True)
     timm = load_timm()
     if name == "vit":
         model, x = made(), picture()

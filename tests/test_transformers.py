@@ -1,8 +1,7 @@
-"""The mask functions of Hugging Face transformers become patterns, and nothing about a mask is lost on the way."""
+"""Models of transformers on foveate: packed texts, images in texts, training, pipelines, compiled graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,114 +9,11 @@ import torch
 import transformers
 from families import FAMILIES, build, left_padded, right_padded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils as known
 
 import foveate as fv
-from foveate.integrations.transformers import Mask, attention, mask
 from foveate.see.text import bundled_model
-
-IDS = torch.tensor([[0] * 5 + [1] * 6, [0] * 3 + [1] * 4 + [2] * 4])
-POSITIONS = torch.tensor([[*range(5), *range(6)], [*range(3), *range(4), *range(4)]])
-BLOCKS = torch.tensor([[-1, -1, 0, 0, 0, -1, -1, 1, 1, -1, -1], [-1, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1]])
-NO_LEFT, LEFT = torch.tensor([0, 0]), torch.tensor([0, 2])
-WINDOW, CHUNKS = known.sliding_window_causal_mask_function(3), known.chunked_causal_mask_function(4, NO_LEFT)
-
-FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "causal": (known.causal_mask_function, "causal"),
-    "everyone": (known.bidirectional_mask_function, "None"),
-    "window": (WINDOW, "causal & window(3)"),
-    "two-sided window": (known.sliding_window_bidirectional_mask_function(3), "window(4)"),
-    "chunks": (CHUNKS, "causal & chunks(4)"),
-    "chunks after padding": (known.chunked_causal_mask_function(4, LEFT), "causal & documents(<int64 2×11>)"),
-    "packed": (
-        known.packed_sequence_compatibility_function(known.causal_mask_function, POSITIONS, IDS),
-        "causal & documents(<int64 2×11>)",
-    ),
-    "packed, window": (
-        known.packed_sequence_compatibility_function(WINDOW, POSITIONS, IDS),
-        "causal & documents(<int64 2×11>) & window(3)",
-    ),
-    "packed, chunks": (
-        known.packed_sequence_compatibility_function(CHUNKS, POSITIONS, IDS),
-        "causal & documents(<int64 2×11>) & documents(<int64 2×11>)",
-    ),
-    "packed, everyone": (
-        known.packed_sequence_compatibility_function(known.bidirectional_mask_function, POSITIONS, IDS),
-        "documents(<int64 2×11>)",
-    ),
-    "ids below zero": (known.packed_sequence_mask_function(IDS - 1), "documents(<int64 2×11>)"),
-    "images in text": (
-        known.or_masks(known.causal_mask_function, known.blockwise_overlay(BLOCKS)), "causal | documents(<int64 2×11>)"
-    ),
-    "images in text, window": (
-        known.and_masks(known.or_masks(WINDOW, known.blockwise_overlay(BLOCKS)), known.sliding_window_overlay(3)),
-        "(causal & window(3) | documents(<int64 2×11>)) & window(left=2, right=None)",
-    ),
-    "or everyone": (known.or_masks(WINDOW, known.bidirectional_mask_function), "None"),
-    "padding": (known.padding_mask_function(IDS > 0), "padding(<bool 2×11>)"),
-}  # fmt: skip
-
-
-def rows_with_a_key(seen: Tensor) -> Tensor:
-    return seen.any(-1, keepdim=True).expand(seen.shape)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("first", "keys"), [(0, 11), (4, 7)])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_mask_is_a_pattern_and_never_a_matrix(name: str, first: int, keys: int, padded: bool) -> None:
-    """For a whole text, and where a rolling cache has let go of the first keys."""
-    function, written = FUNCTIONS[name]
-    kept = torch.ones(2, 11, dtype=torch.bool)
-    if padded:
-        kept[1, :2] = False
-    truth = known.sdpa_mask(2, keys, keys, first, first, function, kept, allow_is_causal_skip=False)
-    made = mask(2, keys, keys, first, first, function, kept)
-    assert made.query_start == 0
-    seen = torch.ones(2, 1, keys, keys, dtype=torch.bool)
-    if made.pattern is not None:
-        seen = made.pattern.dense(keys, keys, query_start=0, batch=2)
-    # In chunks, what is padding belongs to no chunk: such a row has no use for its keys.
-    rows = rows_with_a_key(seen) if name == "chunks after padding" else torch.ones_like(seen)
-    assert torch.equal(seen[rows], truth.expand(seen.shape)[rows])
-    assert "from_mask" not in repr(made.pattern)
-    if first == 0 and not padded:
-        assert repr(made.pattern) == written
-
-
-def test_queries_start_where_the_cache_ends() -> None:
-    made = mask(2, 5, 9, q_offset=4, mask_function=known.causal_mask_function)
-    assert (made.pattern, made.query_start) == (fv.causal, 4)
-    static = mask(2, 1, 9, q_offset=torch.tensor(4), mask_function=known.causal_mask_function)
-    assert torch.equal(torch.as_tensor(static.query_start), torch.tensor([4]))
-
-
-@pytest.mark.parametrize("use_vmap", [False, True])
-def test_an_unknown_mask_function_becomes_a_matrix(use_vmap: bool) -> None:
-    kept = torch.tensor([[True] * 4, [False] + [True] * 3])
-    made = mask(
-        2, 4, 4, q_offset=1, mask_function=lambda batch, head, query, key: (query - key) % 2 == 0, attention_mask=kept,
-        use_vmap=use_vmap,
-    )  # fmt: skip
-    assert repr(made.pattern) == "from_mask(<bool 2×1×4×4>)"
-    assert made.pattern is not None
-    seen = [[[(q + 1 - k) % 2 == 0 and bool(row[k]) for k in range(4)] for q in range(4)] for row in kept]
-    assert made.pattern.dense(4, 4, batch=2)[:, 0].tolist() == seen
-
-
-def test_a_layer_that_does_arithmetic_finds_the_matrix_of_eager() -> None:
-    how = {"q_offset": 2, "mask_function": WINDOW, "attention_mask": torch.tensor([[True] * 5, [False] + [True] * 4])}
-    truth = known.eager_mask(2, 3, 5, **how)
-    made = mask(2, 3, 5, **how)
-    scores = torch.randn(2, 7, 3, 5)
-    assert torch.equal(scores + made, scores + truth)
-    assert torch.equal(made[:, :, :2], truth[:, :, :2])
-    assert torch.equal(made.to(torch.float64), truth.to(torch.float64))
-    assert made.shape == truth.shape
-    assert torch.equal(torch.maximum(made, truth), truth)
-    assert torch.equal(torch.cat([made, truth], -1), torch.cat([truth, truth], -1))
-    everyone = mask(2, 3, 5, mask_function=known.bidirectional_mask_function)
-    assert torch.equal(scores + everyone, scores)
 
 
 def logits(network: Any, **inputs: Any) -> Tensor:
@@ -151,18 +47,6 @@ def test_packed_texts_are_each_alone(name: str, how: str) -> None:
     assert all("documents" in repr(call.pattern) for call in seen.calls)
 
 
-def test_offsets_may_differ_where_queries_look_at_other_texts() -> None:
-    q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
-    ends = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 4, 7])}
-    layer = torch.nn.Module()
-    out, _ = attention(layer, q, k, k, None, is_causal=False, **ends)
-    truth = torch.cat([fv.attention(q[:, :, :2], k[:, :, :4], k[:, :, :4]),
-                       fv.attention(q[:, :, 2:], k[:, :, 4:], k[:, :, 4:])], 2)  # fmt: skip
-    torch.testing.assert_close(out.transpose(1, 2), truth)
-    with pytest.raises(fv.FoveateError, match="cu_seq_lens differ for queries and keys under the mask causal"):
-        attention(layer, q, k, k, None, is_causal=True, **ends)
-
-
 def test_images_see_each_other_both_ways() -> None:
     """Gemma 3 with an image: its tokens are one block, in every layer."""
     text = {**build("gemma3").config.to_dict(), "vocab_size": 97}
@@ -189,32 +73,6 @@ def test_images_see_each_other_both_ways() -> None:
         "(causal | documents(<int64 2×17>)) & padding(<bool 2×17>)",
         "(causal | documents(<int64 2×17>)) & window(left=4, right=None) & padding(<bool 2×17>)",
     }
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_what_padding_holds_never_matters(name: str) -> None:
-    network = build(name)
-    inputs = right_padded() if name == "bert" else left_padded()
-    kept = inputs["attention_mask"].bool()
-    states = network.get_input_embeddings()(inputs["input_ids"]).detach()
-    planted = states.masked_fill(~kept[..., None], float("nan"))
-    with torch.no_grad():
-        truth = logits(network, inputs_embeds=states, attention_mask=kept)[kept]
-        with fv.patch(network):
-            found = logits(network, inputs_embeds=planted, attention_mask=kept)[kept]
-    assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
-
-
-def test_a_row_without_a_key_is_finite_and_has_no_gradient() -> None:
-    network = build("bert")
-    kept = torch.tensor([[1] * 17, [0] * 17])
-    with fv.patch(network):
-        inputs = {"input_ids": right_padded()["input_ids"], "attention_mask": kept}
-        whole = network(**inputs, output_attentions=True)
-        whole.logits.sum().backward()
-    assert whole.logits.isfinite().all()
-    assert all(bool((weights[1] == 0).all()) for weights in whole.attentions)
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in network.parameters())
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
@@ -361,83 +219,32 @@ def test_half_precision_is_as_near_to_the_truth_as_eager(name: str) -> None:
     assert ours <= 2 * plain
 
 
-def test_queries_that_all_rows_share_are_repeated() -> None:
-    q, k = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 7, 4)
-    out, weights = attention(torch.nn.Module(), q, k, k, None, is_causal=False)
-    assert weights is None
-    torch.testing.assert_close(out.transpose(1, 2), fv.attention(q.expand(5, -1, -1, -1), k, k))
+class Matrices(TorchDispatchMode):
+    """Hears of every tensor that an operator of PyTorch makes with a place for each pair of positions."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.shape[-2:] == (self.length, self.length):
+                self.made.append(func.name())
+        return out
 
 
-def test_a_layer_without_a_mask_is_causal_if_it_says_so() -> None:
-    q = torch.randn(1, 2, 5, 4)
-    layer = torch.nn.Module()
-    for more, pattern in (
-        ({}, fv.causal),
-        ({"is_causal": False}, None),
-        ({"sliding_window": 2}, fv.causal & fv.window(2)),
-    ):
-        out, weights = attention(layer, q, q, q, None, output_attentions=True, scaling=3.0, **more)
-        torch.testing.assert_close(out.transpose(1, 2), fv.attention(q, q, q, pattern, scale=3.0))
-        torch.testing.assert_close(weights, fv.weights(q, q, q, pattern, scale=3.0))
-
-
-def test_one_query_without_a_mask_stands_at_the_last_key() -> None:
-    from foveate.integrations.transformers.attending import PLAN, Plan
-
-    q, k = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 7, 4)
-    layer = torch.nn.Module()
-    setattr(layer, PLAN, Plan(fv.window(3), gives_weights=True))
-    out, _ = attention(layer, q, k, k, None)
-    torch.testing.assert_close(out.transpose(1, 2), fv.attention(q, k[:, :, 4:], k[:, :, 4:]))
-
-
-def test_a_mask_stays_a_pattern_where_it_is_already() -> None:
-    made = mask(1, 4, 4)
-    assert made.to("cpu") is made
-    assert made.to(torch.device("cpu")) is made
-    assert isinstance(made.to("meta"), Tensor)
-
-
-def test_a_mask_is_handed_on_by_transformers() -> None:
-    made = mask(1, 4, 4)
-    assert mask(1, 4, 4, attention_mask=made) is made  # type: ignore[arg-type]
-    assert made.contiguous() is made
-    assert made.ndim == made.dim() == 4
-    assert "matrix" not in vars(made)
-    assert isinstance(made, Mask)
-
-
-def test_a_sink_for_every_query_takes_its_share() -> None:
-    """As Inkling 2 has: a logit of each query, with no value behind it."""
-    q, k = torch.randn(2, 6, 5, 4, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    logit = torch.randn(2, 6, 5, 1, dtype=torch.float64)
-    given = [x.requires_grad_() for x in (q, k, logit)]
-    out, weights = attention(torch.nn.Module(), q, k, k, None, sinks=logit, output_attentions=True)
-    scores = q @ k.repeat_interleave(2, 1).mT / 2
-    scores = scores.masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
-    shares = torch.cat([scores, logit], -1).softmax(-1)[..., :-1]
-    truth = (shares @ k.repeat_interleave(2, 1)).transpose(1, 2)
-    torch.testing.assert_close(out, truth)
-    torch.testing.assert_close(weights, shares)
-    mine, theirs = (torch.autograd.grad((x**2).sum(), given, retain_graph=True) for x in (out, truth))
-    torch.testing.assert_close(mine, theirs)
-
-
-def test_a_layer_that_changes_its_keys_under_the_mask_is_refused() -> None:
-    q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 6, 8)
-    with pytest.raises(fv.FoveateError, match="Module attends from 4 queries to 6 keys under a mask made for 4 and 4"):
-        attention(torch.nn.Module(), q, k, k, mask(1, 4, 4))
-
-
-def test_what_an_indexer_of_blocks_chose_is_refused() -> None:
-    q = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(
-        fv.FoveateError, match="Linear uses blocks of keys that an indexer chose, which foveate does not"
-    ):
-        attention(torch.nn.Linear(1, 1), q, q, q, None, block_indices=torch.zeros(1, 2, 1))
-
-
-def test_a_paged_cache_is_refused() -> None:
-    q = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(fv.FoveateError, match="Linear uses a paged cache, which foveate does not take"):
-        attention(torch.nn.Linear(1, 1), q, q, q, None, cache=object())
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gemma2", "gpt_oss", "llama4"])
+def test_no_matrix_of_all_pairs_is_ever_made(name: str) -> None:
+    network: Any = build(name)
+    length = 61  # a prime, which no other axis has
+    ids = left_padded()["input_ids"].repeat(1, 4)[:, :length]
+    kept = (torch.arange(length) >= torch.tensor([[0], [23]])).long()
+    how = {"input_ids": ids, "attention_mask": kept if name != "bert" else kept.flip(1)}
+    with torch.no_grad(), Matrices(length) as theirs:
+        network(**how)
+    with torch.no_grad(), fv.patch(network), Matrices(length) as ours:
+        network(**how)
+    assert theirs.made
+    assert not ours.made

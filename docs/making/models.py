@@ -18,6 +18,7 @@ def models() -> str:
     """The page of Hugging Face models: each of them is run, and what its layers asked for is written down."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from families import FAMILIES, build
+    from test_accelerate_families import CALLING
 
     def code(value: object) -> str:
         return f"`{re.sub('<[^>]*>', '…', str(value))}`"  # without the sizes of its tensors
@@ -34,4 +35,30 @@ def models() -> str:
             f"| {'<br>'.join(scores)} |"
         )
     versions = {package: version(package).partition("+")[0] for package in ("transformers", "torch")}
-    return filled("models.md", table="\n".join(lines), **versions)
+    others = " and ".join(family.label.split(" (")[0] for name, family in FAMILIES.items() if name not in CALLING)
+    return filled("models.md", table="\n".join(lines), reached=reached(f"those above but {others}"), **versions)
+
+
+def reached(most: str) -> str:
+    """The table of what else was compared, each row with the tests that do it and the version that they ran with."""
+    without, accelerate, minilm = "itself without it", "`fv.accelerate()`", "MiniLM, as `foveate see` bundles it"
+    modules = "nn.MultiheadAttention, nn.Transformer, its encoder and decoder"
+    rows = (
+        (most, accelerate, "itself without it, by “sdpa”", "transformers", "accelerate_families"),
+        (minilm, '`attn_implementation="foveate"`', "eager", "transformers", "transformers"),
+        (minilm, accelerate, without, "transformers", "accelerate_families"),
+        (modules, accelerate, without, "torch", "accelerate_models"),
+        ("ViT of timm", accelerate, without, "timm", "timm"),
+        ("ViT of timm", "`attn_layer=attention()`", "timm's own layer; under a pattern, its mask", "timm", "timm"),
+        ("Swin of timm", accelerate, without, "timm", "timm"),
+        ("UNet and DiT of diffusers", accelerate, without, "diffusers", "diffusers"),
+        ("UNet and DiT of diffusers", "`narrow`", "its mask", "diffusers", "diffusers"),
+    )  # fmt: skip
+    pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (DOCS.parent / "constraints.txt").read_text("utf-8"), re.MULTILINE))
+    lines = ["| model | route | equal to | tested with | by |", "|:--|:--|:--|:--|:--|"]
+    for model, route, equal, package, tests in rows:
+        assert (DOCS.parent / "tests" / f"test_{tests}.py").is_file()
+        lines.append(
+            f"| {model} | {route} | {equal} | {package} {pinned[package].partition('+')[0]} | `test_{tests}.py` |"
+        )
+    return "\n".join(lines)

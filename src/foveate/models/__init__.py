@@ -14,6 +14,7 @@ FAMILIES = {
     "bert": "bert",
     "clip": "clip",
     "deit": "vit",
+    "detr": "detr",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
     "distilbert": "distilbert",

@@ -132,15 +132,16 @@ def patch(
             model.set_attn_implementation(NAME)  # type: ignore[operator]
         for name, plan in plans.items():
             setattr(reached[name], PLAN, plan)
+        if bypassed:
+            own = ", ".join(bypassed)
+            warnings.warn(
+                f"{type(model).__name__}: {own} compute their own attention and are not reached by foveate",
+                stacklevel=2,
+            )
     except BaseException:
         patched.restore()
         raise
     _PATCHED[model] = patched
-    if bypassed:
-        warnings.warn(
-            f"{type(model).__name__}: {', '.join(bypassed)} compute their own attention and are not reached by foveate",
-            stacklevel=2,
-        )
     return patched
 
 

@@ -1,0 +1,126 @@
+"""Keys and values in pages mean what the same keys mean in one tensor, and nothing else is ever read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from budget import Budget
+from kernels import DTYPES, KERNELS, normal
+from torch import Tensor
+
+import foveate as fv
+from foveate.errors import InvalidInput, Unsupported
+from foveate.paging import paged
+from foveate.problem import Problem, Result, problem
+from foveate.softmax import native
+
+LENGTHS = torch.tensor([0, 1, 130, 211])
+SPARE = 3  # pages that belong to nobody
+
+
+def laid(k: Tensor, v: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(key pages, value pages, table): NaN where nothing is kept, nonsense in the table where nothing is needed."""
+    batch, heads, keys, _ = k.shape
+    each = keys // size
+    places = torch.randperm(batch * each + SPARE, generator=torch.Generator().manual_seed(11))
+    table = places[: batch * each].view(batch, each)
+    kept = torch.arange(keys) < lengths[:, None]
+    pages = []
+    for x in (k, v):
+        room = x.new_full((batch * each + SPARE, heads, size, x.shape[3]), torch.nan)
+        told = x.masked_fill(~kept[:, None, :, None], torch.nan)
+        room[table.flatten()] = told.unflatten(2, (each, size)).transpose(1, 2).flatten(0, 1)
+        pages.append(room)
+    needed = torch.arange(each) * size < lengths[:, None]
+    return pages[0], pages[1], table.where(needed, 10**6)
+
+
+def in_pages(size: int, kernel: str) -> Callable[[Problem], Result]:
+    def run(call: Problem) -> Result:
+        k, v, table = laid(call.k, call.v, LENGTHS, size)
+        return native.run_paged(call, native.Pages(k, v, table), LENGTHS, kernel)
+
+    return run
+
+
+def few(size: int, queries: int, group: int, dim: int, pattern: fv.Pattern | None, score: fv.Score | None) -> Problem:
+    """As many keys as some pages hold; of those, each row has its length."""
+    keys = -(-int(LENGTHS.max()) // size) * size
+    q, k = normal(4, 2 * group, queries, dim), normal(4, 2, keys, dim, seed=1)
+    v = normal(4, 2, keys, dim + dim % 2, seed=2)
+    real = fv.padding(LENGTHS) if pattern is None else fv.padding(LENGTHS) & pattern
+    return problem(q, k, v, real, score=score, query_start=LENGTHS - queries, needs_lse=True)
+
+
+KINDS: dict[str, tuple[fv.Pattern | None, fv.Score | None]] = {
+    "everything": (None, None),
+    "causal": (fv.causal, None),
+    "window, sinks": (fv.causal & fv.window(50), fv.sinks(normal(6))),
+    "streaming": (fv.streaming(3, 40), None),
+    "capped, by distance": (None, fv.softcap(1.5) + fv.alibi(normal(6).abs() / 50)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 7, 16, 64, 100])
+def test_pages_are_one_tensor(size: int, kind: str) -> None:
+    for queries, dim, dtype in itertools.product((1, 3), (11, 64), DTYPES):
+        budget = Budget(few(size, queries, 3, dim, *KINDS[kind]), dtype, gradients=False)
+        for kernel in KERNELS:
+            budget.check(in_pages(size, kernel))
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "chunked", "reference"])
+def test_what_a_user_calls_gives_the_same(backend: str) -> None:
+    call = few(16, 2, 3, 11, None, None)
+    k, v, table = laid(call.k, call.v, LENGTHS, 16)
+    wide_k = (
+        torch.stack([k, k], 1).transpose(2, 3).contiguous().transpose(2, 3)[:, 0]
+    )  # pages with strides of their own
+    whole = fv.attention(call.q, call.k, call.v, fv.padding(LENGTHS) & fv.causal, query_start=LENGTHS - 2)
+    for keys, numbers in ((k, table), (wide_k, table.int())):
+        found = fv.paged_attention(call.q, keys, v, numbers, LENGTHS, fv.causal, backend=backend)
+        torch.testing.assert_close(found, whole)
+    assert not found[0].any()  # a row without a key
+
+
+def test_other_dtypes_are_brought_together() -> None:
+    q, pages = normal(1, 4, 1, 8).double(), normal(3, 2, 16, 8).double()
+    table, lengths = torch.tensor([[2, 0]]), torch.tensor([20])
+    k = torch.cat([pages[2], pages[0]], 1)[None, :, :20]
+    torch.testing.assert_close(fv.paged_attention(q, pages, pages, table, lengths), fv.attention(q, k, k))
+    with pytest.raises(Unsupported, match="float64"):
+        fv.paged_attention(q, pages, pages, table, lengths, backend="native")
+
+
+Q, PAGES = torch.zeros(2, 4, 1, 8), torch.zeros(5, 2, 16, 8)
+TABLE, GOOD = torch.tensor([[0, 1], [2, 3]]), torch.tensor([20, 32])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"lengths": torch.tensor([20, 33])}, r"lengths is \[20, 33\]: wanted 0 to 32, as many keys as 2 pages of 16"),
+        ({"lengths": torch.tensor([-1, 3])}, r"lengths is \[-1, 3\]: wanted 0 to 32"),
+        ({"lengths": torch.tensor([3])}, "a row and a length for each of 2 batch rows"),
+        ({"lengths": torch.tensor([3.0, 3.0])}, "lengths"),
+        ({"table": torch.tensor([[0, 1], [2, 5]])}, r"table\[1, 1\] is 5: wanted a page from 0 to 4, for the"),
+        ({"table": torch.tensor([[-1, 1], [2, 3]])}, r"table\[0, 0\] is -1"),
+        ({"table": torch.tensor([[0, 2**40], [2, 3]])}, r"table\[0, 1\] is 1099511627776"),
+        ({"table": torch.tensor([0, 1])}, "the table"),
+        ({"value_pages": torch.zeros(5, 2, 15, 8)}, "as many pages, heads and keys in both"),
+        ({"value_pages": PAGES.double()}, "one dtype and one device"),
+        ({"key_pages": torch.zeros(5, 2, 0, 8), "value_pages": torch.zeros(5, 2, 0, 8)}, "pages of at least one key"),
+        ({"q": torch.zeros(2, 3, 1, 8)}, "heads"),
+        ({"q": torch.zeros(4, 1, 8)}, r"wanted q \[batch, heads, queries, dim\]"),
+        ({"backend": "fast"}, "fast"),
+        ({"pattern": torch.ones(1, 32, dtype=torch.bool)}, r"foveate.from_mask\(mask\) makes one"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(wrong: dict[str, object], says: str) -> None:
+    given = {"q": Q, "key_pages": PAGES, "value_pages": PAGES, "table": TABLE, "lengths": GOOD, "backend": "auto"}
+    with pytest.raises(InvalidInput, match=says):
+        paged(**{"pattern": None, "score": None, "scale": None, **given, **wrong})  # type: ignore[arg-type]
