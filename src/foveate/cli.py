@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 from foveate.errors import FoveateError, InvalidInput
-
-if TYPE_CHECKING:
-    from foveate.bench.linear import LinearRow
-    from foveate.bench.models import ModelRow
-    from foveate.bench.results import Measured, Results
-    from foveate.bench.rows import Row
-
-    _Row = TypeVar("_Row", Row, ModelRow, LinearRow)
+from foveate.paths import checked
 
 try:
     import typer
+
+    from foveate.bench.command import bench
 except ImportError:
     sys.exit('the command line needs typer and rich: pip install "foveate[see]"')
 
@@ -30,11 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Measure Foveate beside its peers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 _SUFFIXES = (".html", ".png", ".svg")
-_BENCH_SUFFIXES = (".json", ".csv", ".png", ".svg")
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +66,7 @@ def see(
     from foveate.see.terminal import check_place, show
     from foveate.see.text import see_text
 
-    paths = [_checked_path(path) for path in out or []]
+    paths = [checked(path, _SUFFIXES) for path in out or []]
     sentence = see_text(sys.stdin.read() if text == "-" else text, model, k=k)
     check_place(sentence.report, layer, head)
     row = sentence.places(word)[0] if word is not None else None
@@ -91,14 +83,6 @@ def see(
 
             picture(sentence.report, layer=layer or 0, head=head or 0, token=row, path=path)
         console.print(f"wrote {path}", highlight=False)
-
-
-def _checked_path(path: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
-    if path.suffix not in suffixes:
-        raise InvalidInput(f"--out {path} ends in {path.suffix or 'nothing'}: wanted one of {', '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        raise InvalidInput(f"--out {path}: the folder {path.parent} does not exist")
-    return path
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -183,7 +167,7 @@ def patterns(
 
     console = Console()
     if out is not None:
-        if _checked_path(out).suffix == ".html":
+        if checked(out, _SUFFIXES).suffix == ".html":
             raise InvalidInput(f"--out {out}: the gallery is a picture, .png or .svg")
         draw(out)
         console.print(f"wrote {out}", highlight=False)
@@ -225,193 +209,6 @@ def mechanisms(
         )
         table.add_row(*map(Text, cells))
     console.print(table)
-
-
-_Out = Annotated[
-    list[Path] | None,
-    typer.Option(help="Also write results (.json), claims (.csv) or a picture (.png, .svg); may be repeated."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
-_Compare = Annotated[Path | None, typer.Option(help="Earlier results (.json): show what changed.")]
-
-_Only = Annotated[str | None, typer.Option(metavar="TEXT", help="Only rows with this text in their name or section.")]
-_Runs = Annotated[int, typer.Option(help="How often each row is measured; the worst counts.", min=1)]
-
-
-@bench.command("softmax")
-def bench_softmax(
-    json: _Json = False,
-    out: _Out = None,
-    compare: _Compare = None,
-    only: _Only = None,
-    runs: _Runs = 3,
-    quick: Annotated[bool, typer.Option(help="Short shapes and no compiler: to test the benchmark.")] = False,
-) -> None:
-    """Softmax attention beside PyTorch's SDPA, FlexAttention and others, each checked before it is timed."""
-    from foveate.bench.about import about, ceilings
-    from foveate.bench.measuring import measure
-    from foveate.bench.results import Results
-    from foveate.bench.tables import chosen, softmax
-
-    paths, old = _checked_outputs(out, compare, json=json)
-    rows = chosen(softmax(quick=quick), only)
-    tops = ceilings(row.ceiling for row in rows if not row.weighs_memory)
-    left_out = {"flex": "left out by --quick: it compiles for half a minute"} if quick else {}
-    measured = _in_turn(
-        rows,
-        lambda row: measure(row, runs=runs, ceilings=tops, seconds=0.01 if quick else 0.5, left_out=left_out),
-    )
-    _deliver(Results(about(tops, quick=quick, runs=runs), measured), paths, json=json, old=old)
-
-
-@bench.command("linear")
-def bench_linear(
-    json: _Json = False,
-    out: _Out = None,
-    compare: _Compare = None,
-    only: _Only = None,
-    runs: _Runs = 3,
-    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
-) -> None:
-    """Linear attention beside that of transformers, plain PyTorch and softmax, each checked before it is timed."""
-    from foveate.bench.about import about
-    from foveate.bench.linear import table
-    from foveate.bench.linear_measuring import measure_linear
-    from foveate.bench.results import Results
-    from foveate.bench.tables import chosen
-
-    paths, old = _checked_outputs(out, compare, json=json)
-    rows = chosen(table(quick=quick), only)
-    measured = _in_turn(rows, lambda row: measure_linear(row, runs=runs, seconds=0.01 if quick else 1.0))
-    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
-
-
-@bench.command("models")
-def bench_models(
-    json: _Json = False,
-    out: _Out = None,
-    compare: _Compare = None,
-    only: _Only = None,
-    runs: _Runs = 3,
-    quick: Annotated[bool, typer.Option(help="Tiny models: to test the benchmark.")] = False,
-) -> None:
-    """Whole models of Hugging Face, with their own attention and with ours, each checked before it is timed."""
-    from foveate.bench.about import about
-    from foveate.bench.modelling import measure_model
-    from foveate.bench.models import table
-    from foveate.bench.results import Results
-    from foveate.bench.tables import chosen
-
-    paths, old = _checked_outputs(out, compare, json=json)
-    rows = chosen(table(quick=quick), only)
-    measured = _in_turn(rows, lambda row: measure_model(row, runs=runs, seconds=0.01 if quick else 1.0))
-    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
-
-
-def _in_turn(rows: list[_Row], measure: Callable[[_Row], Measured]) -> list[Measured]:
-    """Measure row after row, under a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[row]}"),
-    )
-    measured = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rows), row="")
-        for row in rows:
-            progress.update(task, row=row.name)
-            measured.append(measure(row))
-            progress.advance(task)
-    return measured
-
-
-@bench.command("sparse")
-def bench_sparse(
-    json: _Json = False,
-    out: _Out = None,
-    compare: _Compare = None,
-    only: _Only = None,
-    runs: _Runs = 3,
-    quick: Annotated[bool, typer.Option(help="Short shapes: to test the benchmark.")] = False,
-) -> None:
-    """Attention to chosen keys beside attention to all, and additive scores beside a broadcast; each checked first."""
-    from foveate.bench.about import about
-    from foveate.bench.results import Results
-    from foveate.bench.sparse import measure_sparse, table
-    from foveate.bench.tables import chosen
-
-    paths, old = _checked_outputs(out, compare, json=json)
-    rows = chosen(table(quick=quick), only)
-    measured = _in_turn(rows, lambda row: measure_sparse(row, runs=runs, seconds=0.01 if quick else 0.5))
-    _deliver(Results(about({}, quick=quick, runs=runs), measured), paths, json=json, old=old)
-
-
-@bench.command("show")
-def bench_show(
-    results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
-    json: _Json = False,
-    out: _Out = None,
-    compare: _Compare = None,
-) -> None:
-    """Show results again, write them in another form, or compare them with earlier ones; nothing is measured."""
-    from foveate.bench.results import read
-
-    paths, old = _checked_outputs(out, compare, json=json)
-    _deliver(read(results), paths, json=json, old=old)
-
-
-@bench.command("preferences")
-def bench_preferences(
-    results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
-) -> None:
-    """Print, as JSON, for which calls our kernels were at least as fast as PyTorch's."""
-    import json
-
-    from foveate.bench.preferences import preferences
-    from foveate.bench.results import read
-
-    typer.echo(json.dumps(preferences(read(results)), indent=1))
-
-
-def _checked_outputs(out: list[Path] | None, compare: Path | None, *, json: bool) -> tuple[list[Path], Results | None]:
-    """The files to write, and earlier results: read before anything is measured."""
-    from foveate.bench.results import read
-
-    if json and compare is not None:
-        raise InvalidInput("--json prints the results alone: leave out --compare, or --json to read the comparison")
-    paths = [_checked_path(path, _BENCH_SUFFIXES) for path in out or []]
-    return paths, None if compare is None else read(compare)
-
-
-def _deliver(results: Results, paths: list[Path], *, json: bool, old: Results | None) -> None:
-    """Print, write, and end with exit code 1 if a result of ours was not the truth."""
-    from rich.console import Console
-
-    from foveate.bench.picture import picture
-    from foveate.bench.results import to_csv, to_json
-    from foveate.bench.terminal import show
-
-    if json:
-        typer.echo(to_json(results), nl=False)
-    else:
-        console = Console(emoji=False, highlight=False)
-        if not console.is_terminal:
-            console.width = 160  # a file has no edge to wrap at
-        show(results, console, old=old)
-    for path in paths:
-        if path.suffix in (".png", ".svg"):
-            picture(results, path)
-        else:
-            path.write_text(to_json(results) if path.suffix == ".json" else to_csv(results), encoding="utf-8")
-        typer.echo(f"wrote {path}", err=True)
-    if results.wrong():
-        for words in results.wrong():
-            typer.echo(f"foveate: {words}", err=True)
-        raise typer.Exit(1)
 
 
 def main() -> None:

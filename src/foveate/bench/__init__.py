@@ -1,10 +1,11 @@
 """How fast it is: tables of shapes, timed beside peers in one process, after every result was checked.
 
+- command: `foveate bench`
 - rows: what a row of a table is, and what it has to reach
 - tables: the tables themselves, as data
 - models: the table of whole models
 - sparse, alignment: the table of selections and of additive scores, built, checked and timed
-- modelling: one row of that, built, checked and timed
+- modelling: one row of the table of models, built, checked and timed
 - linear: the table of linear attention
 - linear_measuring: one row of that, computed, checked and timed
 - contestants: one function for each way to compute a row

@@ -17,7 +17,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from foveate import __version__
 _FEATURES = ("fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
 
 
-def ceilings(wanted: Iterable[str]) -> dict[str, float]:
+def ceilings(wanted: Iterable[str]) -> Mapping[str, float]:
     """The most this machine can do, for those that rows ask for; nothing without the compiled kernels."""
     try:
         from foveate import _native
@@ -39,7 +39,7 @@ def ceilings(wanted: Iterable[str]) -> dict[str, float]:
     return {name: float(f"{_native.ceiling(name, torch.get_num_threads()):.4g}") for name in known}
 
 
-def about(tops: dict[str, float], *, quick: bool, runs: int) -> dict[str, Any]:
+def about(tops: Mapping[str, float], *, quick: bool, runs: int) -> dict[str, Any]:
     """Everything that a reader of a figure has to know about where it comes from."""
     kernels, compiler = _kernels()
     return {
