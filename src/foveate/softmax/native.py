@@ -521,6 +521,8 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     `[B, H, Nq]`; received `[B, H, Nk]`.
     """
     batch, heads, queries, keys = problem.shape
+    if keys >= 1 << 31:
+        raise unsupported({"native": [f"looks at fewer than 2³¹ keys, and there are {keys}"]})
     indices = torch.empty(batch, heads, queries, top, dtype=torch.int64, device="cpu")
     weights = _floats((batch, heads, queries, top))
     rest, lse, entropy = (_floats((batch, heads, queries)) for _ in range(3))
