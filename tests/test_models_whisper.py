@@ -61,7 +61,7 @@ START = torch.tensor([[2, 9, 7], [2, 30, 41]])
 
 
 def talking(*, end: bool = True) -> tuple[nn.Module, Tensor]:
-    """A random model that says more than one word for ever, and what it says; one of its texts ends before the other."""
+    """A random model of many words, and what it says; one of its texts ends before the other."""
     for seed in range(20):
         torch.manual_seed(seed)
         theirs = _random(made("WhisperForConditionalGeneration")).eval()
