@@ -17,7 +17,9 @@ from foveate.mechanisms import MECHANISMS, Mechanism
 from foveate.problem import Problem
 
 N, D = 24, 8
-named = pytest.mark.parametrize("one", MECHANISMS, ids=lambda one: one.name)
+WHOLE = {one.name: one for one in MECHANISMS if re.search(r"\((images|targets)\b", one.call)}  # with tests of their own
+PARTS = [one for one in MECHANISMS if one.name not in WHOLE]
+named = pytest.mark.parametrize("one", PARTS, ids=lambda one: one.name)
 
 
 def given(n: int = N) -> dict[str, Tensor]:
@@ -116,7 +118,7 @@ def _arrived(loss: Tensor, inputs: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "one", [one for one in MECHANISMS if one.decode == "cache" and "(tokens" not in one.call], ids=lambda one: one.name
+    "one", [one for one in PARTS if one.decode == "cache" and "(tokens" not in one.call], ids=lambda one: one.name
 )
 def test_steps_with_a_cache_are_the_whole(one: Mechanism) -> None:
     whole = out_of(called(one, given()))
@@ -127,7 +129,7 @@ def test_steps_with_a_cache_are_the_whole(one: Mechanism) -> None:
 
 
 @pytest.mark.parametrize(
-    "one", [one for one in MECHANISMS if one.decode == "cache" and "(tokens" in one.call], ids=lambda one: one.name
+    "one", [one for one in PARTS if one.decode == "cache" and "(tokens" in one.call], ids=lambda one: one.name
 )
 def test_a_layer_steps_with_a_cache(one: Mechanism) -> None:
     whole, cache = called(one, given()), fv.KeyValueCache(layers=1)
@@ -138,7 +140,7 @@ def test_a_layer_steps_with_a_cache(one: Mechanism) -> None:
     assert torch.allclose(torch.cat(rows, 1), whole, atol=1e-9)
 
 
-@pytest.mark.parametrize("one", [one for one in MECHANISMS if one.decode == "state"], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [one for one in PARTS if one.decode == "state"], ids=lambda one: one.name)
 def test_a_state_carries_on(one: Mechanism) -> None:
     whole, last = called(one, given())
     _, state = called(one, given(11))
@@ -148,7 +150,7 @@ def test_a_state_carries_on(one: Mechanism) -> None:
     assert torch.allclose(after.s, last.s, atol=1e-9)
 
 
-@pytest.mark.parametrize("one", [one for one in MECHANISMS if one.backends], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [one for one in PARTS if one.backends], ids=lambda one: one.name)
 def test_it_runs_where_it_says(one: Mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name, *_, **__: name)  # a compiler to speak of, for flex
     held = {name: value.float() for name, value in given().items()}
@@ -164,7 +166,46 @@ def test_it_runs_where_it_says(one: Mechanism, monkeypatch: pytest.MonkeyPatch) 
     assert {name for name in NAMES if not implementation(name).refuses(seen[-1])} == set(one.backends)
 
 
-@named
+def test_the_attentive_decoder_is_what_its_row_says() -> None:
+    one, draw = WHOLE["attentive decoder"], torch.Generator().manual_seed(7)
+    held: dict[str, Any] = {"q": torch.zeros(0, dtype=torch.float64), "memory": torch.randn(2, 13, 8, generator=draw)}
+    held["memory"] = held["memory"].double().requires_grad_()
+    held["targets"] = torch.randint(11, (2, 7), generator=draw)
+    whole = called(one, held)
+    assert one.cross
+    assert whole.shape == (2, 7, 11)  # 7 steps look at 13 vectors
+    (gradient,) = torch.autograd.grad(whole.sum(), held["memory"])
+    assert one.gradients == "all"
+    assert (gradient.abs().sum(-1) > 0).all()
+    later = held["targets"].clone()
+    later[:, 4:] = 10 - later[:, 4:]
+    assert one.causal
+    assert torch.equal(called(one, held | {"targets": later})[:, :5], whole[:, :5])
+    decoder = fv.nn.AttentiveDecoder(11, 8, fv.nn.LuongAttention(8, 8)).double()
+    assert one.decode == "state"
+    whole, keys = decoder(held["targets"], held["memory"]), decoder.attention.keys(held["memory"])
+    read = torch.cat([torch.zeros_like(later[:, :1]), held["targets"][:, :-1]], 1)
+    rows, state = [], decoder._state(held["memory"], None)
+    for t in range(7):
+        _, fed, state = decoder.step(read[:, t : t + 1], held["memory"], None, keys=keys, state=state)
+        rows.append(decoder.readout(fed))
+    assert torch.allclose(torch.cat(rows, 1), whole, atol=1e-12)
+
+
+def test_glimpses_are_what_their_row_says() -> None:
+    one, draw = WHOLE["glimpses"], torch.Generator().manual_seed(7)
+    held = {"q": torch.zeros(0, dtype=torch.float64), "images": torch.randn(2, 1, 17, 13, generator=draw).double()}
+    taken = called(one, held | {"images": held["images"].requires_grad_()})
+    assert (one.causal, one.cross, one.decode) == (False, False, None)
+    assert one.gradients == "by reward"
+    assert not taken.locations.requires_grad  # no gradient but that of the choice's probability
+    assert _arrived(taken.log_prob.sum(), {"images": held["images"]}) == {"images"}
+    assert taken.logits.shape == (2, 5)
+    seen = torch.autograd.grad(taken.logits.sum(), held["images"])[0] != 0
+    assert 0 < int(seen.sum()) <= 2 * 4 * 4 * 4  # 4 glimpses of 3 × 3 pixels between pixels, whatever the image
+
+
+@pytest.mark.parametrize("one", MECHANISMS, ids=lambda one: one.name)
 def test_its_layer_and_its_page_are_there(one: Mechanism) -> None:
     assert one.layer is None or isinstance(getattr(fv.nn, one.layer), type)
     assert one.page is None or (Path(__file__).parent.parent / "docs" / "mechanisms" / one.page).is_file()

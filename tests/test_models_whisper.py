@@ -56,31 +56,63 @@ def test_it_is_hugging_faces(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
 
 
-def test_it_writes_hugging_faces_text(tmp_path: Path) -> None:
-    """Its own loop over 30 seconds of sound aside, which is no part of the model."""
-    for seed in range(20):  # most random models say one word for ever
+PLAIN = {"do_sample": False, "num_beams": 1}
+START = torch.tensor([[2, 9, 7], [2, 30, 41]])
+
+
+def talking(*, end: bool = True) -> tuple[nn.Module, Tensor]:
+    """A random model of many words, and what it says; one of its texts ends before the other."""
+    for seed in range(20):
         torch.manual_seed(seed)
         theirs = _random(made("WhisperForConditionalGeneration")).eval()
         with torch.no_grad():
             for key, parameter in theirs.named_parameters():
                 if "q_proj.weight" in key or "k_proj.weight" in key:
                     parameter.mul_(3)
-        start = torch.tensor([[2, 9, 7], [2, 30, 41]])
-        inputs = {"input_features": sound()["input_features"], "decoder_input_ids": start, "do_sample": False}
-        free = GenerationMixin.generate(theirs, **inputs, max_new_tokens=12, eos_token_id=None)
+        free = written(theirs, 12, START, eos_token_id=None)
         ends = [token for token in free[0, 5:-1].tolist() if token not in free[1]]
         if ends and all(len(set(row.tolist())) > 4 for row in free[:, 3:]):
-            break
-    else:
-        raise AssertionError("the texts are too dull to tell anything")
-    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = ends[0]
+            theirs.config.eos_token_id = theirs.generation_config.eos_token_id = ends[0] if end else None
+            return theirs, free
+    raise AssertionError("the texts are too dull to tell anything")
+
+
+def written(theirs: nn.Module, new: int, start: Tensor | None = None, **more: object) -> Tensor:
+    """Its own loop over 30 seconds of sound aside, which is no part of the model."""
+    given = {} if start is None else {"decoder_input_ids": start}
+    return GenerationMixin.generate(
+        theirs, input_features=sound()["input_features"], max_new_tokens=new, **given, **PLAIN, **more
+    )
+
+
+def test_it_writes_hugging_faces_text(tmp_path: Path) -> None:
+    theirs, _ = talking()
     theirs.save_pretrained(tmp_path)
-    want = GenerationMixin.generate(theirs, **inputs, max_new_tokens=12)
+    want = written(theirs, 12, START)
     ours = fv.from_pretrained(tmp_path)
-    assert torch.equal(ours.generate(inputs["input_features"], start, new=12), want)
-    begun = ours.generate(inputs["input_features"], new=3)
-    assert torch.equal(begun, GenerationMixin.generate(theirs, inputs["input_features"], max_new_tokens=3))
+    assert torch.equal(ours.generate(sound()["input_features"], START, new=12), want)
+    assert torch.equal(ours.generate(sound()["input_features"], new=3), written(theirs, 3))
     assert (want[0] == 0).any(), "no text ended before another"
+
+
+def test_words_that_are_suppressed_are_not_written(tmp_path: Path) -> None:
+    theirs, free = talking(end=False)
+    first, later = free[:, 3].tolist(), [token for token in free[0, 4:].tolist() if token not in free[:, 3]]
+    theirs.config.begin_suppress_tokens = first  # what counts is said in generation_config.json
+    for never, never_first in ((later[:2], None), (None, first), (later[:2], [*first, 500]), (None, None)):
+        folder = tmp_path / f"{never}{never_first}"
+        theirs.generation_config.suppress_tokens = never
+        theirs.generation_config.begin_suppress_tokens = never_first
+        theirs.save_pretrained(folder)
+        ours = fv.from_pretrained(folder)
+        want = written(theirs, 12, START)
+        assert torch.equal(want, free) == (never == never_first)
+        assert torch.equal(ours.generate(sound()["input_features"], START, new=12), want)
+        fv.save_pretrained(ours, folder / "ours")
+        assert torch.equal(written(type(theirs).from_pretrained(folder / "ours"), 12, START), want)
+        begun = theirs.generate(input_features=sound()["input_features"], max_new_tokens=5, **PLAIN)
+        mine = ours.generate(sound()["input_features"], new=5)
+        assert torch.equal(mine[:, -begun.shape[1] :], begun)
 
 
 def test_what_is_heard_is_projected_once() -> None:

@@ -31,6 +31,7 @@ def greedy(
     first: int | None = None,
     last: int | None = None,
     never: Collection[int] = (),
+    never_first: Collection[int] = (),
 ) -> Int[Tensor, "batch longer"]:
     """`tokens` and up to `new` more, each the likeliest after those before it.
 
@@ -44,6 +45,7 @@ def greedy(
         first: what the first new token is, whatever the scores say.
         last: what the last of `new` tokens is, in a row that is not over.
         never: tokens that are not chosen.
+        never_first: more of them, for the first new token alone.
 
     It stops when every row is over or `new` tokens have come.
 
@@ -60,8 +62,10 @@ def greedy(
         seen = None if keep is None else padding(keep)
         hidden = decoder(step, seen, positions=places, cache=cache)
         scores = logits(hidden[:, -1:])
-        if never:
-            scores = scores.index_fill(-1, torch.tensor(list(never), device=scores.device), -torch.inf)
+        unwritten = [*never, *never_first] if n == 0 else [*never]
+        if unwritten:
+            words = torch.arange(scores.shape[-1], device=scores.device)
+            scores = scores.masked_fill(torch.isin(words, torch.tensor(unwritten, device=scores.device)), -torch.inf)
         forced = last if n == new - 1 and last is not None else first if n == 0 else None
         chosen = scores.argmax(-1) if forced is None else torch.full_like(step[:, -1:], forced)
         chosen = chosen.masked_fill(over[:, None], fill)

@@ -21,7 +21,7 @@ class Mechanism:
     """One way to attend.
 
     call: what one types, with q, k, v `[batch, heads, length, dim]`, causal where it can be; `layer` is the module with
-        its projections and `page` its page below docs/mechanisms.
+        its projections and `page` its page below docs/mechanisms. What is a whole model is given what it reads.
     cost: time, for n queries and keys of size d.
     cross: whether queries of one text can look at another, of any length.
     gradients: "all", "v" alone, or "by reward": q and k through the log-probability of a choice.
@@ -123,6 +123,12 @@ MECHANISMS: tuple[Mechanism, ...] = (
         causal=True, cross=True, gradients="by reward", page="hard.md",
     ),
     Mechanism(
+        "glimpses", "hard", "l ~ N(tanh(W h), σ²), h ← relu(W h + U g(image, l))", "glimpses · size²",
+        "fv.nn.RecurrentAttentionModel(1, 5, glimpses=4, size=3)(images, generator=draw)", "Mnih et al. 2014",
+        "1406.6247", causal=False, cross=False, gradients="by reward", layer="RecurrentAttentionModel",
+        page="glimpses.md",
+    ),
+    Mechanism(
         "additive", "recurrent decoders", "softmax(w · tanh(W q + U k)) v", "n² d",
         "fv.additive_attention(q, k, v, vector, fv.causal)", "Bahdanau et al. 2014", "1409.0473",
         causal=True, cross=True, decode="cache", layer="AdditiveAttention", page="additive.md",
@@ -135,6 +141,11 @@ MECHANISMS: tuple[Mechanism, ...] = (
         "local-p", "recurrent decoders", "softmax(s) · exp(−(j − p)² / 2σ²), |j − p| ≤ D", "n D d",
         "fv.local_attention(q, k, v, center, fv.causal, width=4)", "Luong et al. 2015", "1508.04025",
         causal=True, cross=True, decode="cache", layer="LuongAttention", page="luong.md",
+    ),
+    Mechanism(
+        "attentive decoder", "recurrent decoders", "s ← RNN([y; h̃], s), h̃ = tanh(W [attention(s); s])", "steps · n d",
+        "fv.nn.AttentiveDecoder(11, 8, fv.nn.LuongAttention(8, 8))(targets, memory)", "Luong et al. 2015",
+        "1508.04025", causal=True, cross=True, decode="state", layer="AttentiveDecoder", page="decoder.md",
     ),
     _linear(
         "elu + 1", "φ(q) Σ φ(k) vᵀ / φ(q) Σ φ(k)", "fv.elu_linear(q, k, v)", "Katharopoulos et al. 2020",

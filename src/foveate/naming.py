@@ -50,6 +50,7 @@ class Format:
     implied: Mapping[str, object] = field(default_factory=dict)  # of our Config: what no config.json of this kind says
     codecs: Mapping[str, Codec] = field(default_factory=dict)  # of our Config: fields that are written otherwise
     generation: tuple[str, ...] = ()  # of our Config: what generation_config.json may say better
+    silent: tuple[str, ...] = ()  # those of them that are None where that file is there and does not speak of them
     also: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # in config.json: said outright instead
     defaults: Mapping[str, object] = field(default_factory=dict)  # in config.json, where it says nothing
     transposed: tuple[str, ...] = ()  # their names of matrices that are [in, out]
@@ -140,7 +141,10 @@ NEVER = ("auto_map", "trust_remote_code", "torch_dtype", "dtype", "transformers_
 def config_from(form: Format, kind: str, found: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
     """The Config that a config.json and a generation_config.json stand for; what the first says beside is `other`."""
     said = {**form.defaults, **form.upgrade(dict(found))}
-    said |= {key: generation[key] for key in (form.fields[name] for name in form.generation) if key in generation}
+    for name in form.generation if generation else ():
+        key = form.fields[name]
+        if key in generation or name in form.silent:
+            said[key] = generation.get(key)
     if "num_labels" in form.fields.values() and isinstance(said.get("id2label"), dict):
         said["num_labels"] = len(said["id2label"])
     for key, wanted in form.fixed.items():

@@ -13,6 +13,8 @@ FAMILIES = {
     "bart": "bart",
     "bert": "bert",
     "clip": "clip",
+    "clip_text_model": "clip_towers",
+    "clip_vision_model": "clip_towers",
     "deit": "vit",
     "detr": "detr",
     "dinov2": "dinov2",

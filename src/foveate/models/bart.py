@@ -243,6 +243,6 @@ FORMATS = {
         architectures={"BartForConditionalGeneration": LanguageModel, "BartModel": Model,
                        "BartForSequenceClassification": SequenceClassifier},
         fields=FIELDS | {"labels": "num_labels"}, implied={"learned": True, "target_vocabulary": None, "never": ()},
-        generation=("start", "end", "pad", "first", "last"), **COMMON,
+        generation=("start", "end", "pad", "first", "last"), silent=("first", "last"), **COMMON,
     )
 }  # fmt: skip

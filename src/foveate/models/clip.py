@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -78,10 +78,9 @@ PRESETS = {
     "clip-vit-base-patch32": Config(),
     "clip-vit-base-patch16": Config(patch=16),
     "clip-vit-large-patch14": Config(
-        text_dim=768, text_heads=12, text_hidden=3072, patch=14, dim=1024, layers=24, heads=16, hidden=4096,
-        shared_dim=768,
+        49408, 77, 768, 12, 12, 3072, patch=14, dim=1024, layers=24, heads=16, hidden=4096, shared_dim=768
     ),
-}  # fmt: skip
+}
 
 
 def block(dim: int, heads: int, hidden: int, activation: str, epsilon: float) -> Block:
@@ -112,8 +111,12 @@ class Text(nn.Module):
         x = self.word(tokens) + self.position.weight[:length]
         for layer in self.blocks:
             x = layer(x, causal if pattern is None else causal & pattern)
-        y: Tensor = self.norm(x)
-        return y
+        return cast(Tensor, self.norm(x))
+
+    def pooled(self, x: Float[Tensor, "texts length dim"], tokens: Ids) -> Float[Tensor, "texts dim"]:
+        """What the token has become that each text ends with."""
+        end = tokens.amax(1, keepdim=True) if self.config.end == 2 else self.config.end
+        return x[torch.arange(len(tokens), device=tokens.device), (tokens == end).int().argmax(1)]
 
 
 class Image(nn.Module):
@@ -141,8 +144,11 @@ class Image(nn.Module):
         x = self.first_norm(x)
         for layer in self.blocks[:blocks]:
             x = layer(x, pattern)
-        y: Tensor = x
-        return y
+        return cast(Tensor, x)
+
+    def pooled(self, x: Patches) -> Float[Tensor, "images dim"]:
+        """What the class of each image has become."""
+        return cast(Tensor, self.norm(x[:, 0]))
 
     def positions(self, rows: int, columns: int) -> Float[Tensor, "tokens dim"]:
         """The learned positions; for an image of another size, those of the patches stretched over it."""
@@ -174,8 +180,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        self.text, self.image = Text(config), Image(config)
+        self.config, self.text, self.image = config, Text(config), Image(config)
         self.from_text = nn.Linear(config.text_dim, config.shared_dim, bias=False)
         self.from_image = nn.Linear(config.dim, config.shared_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07)
@@ -190,30 +195,26 @@ class Model(nn.Module):
 
     def embed_texts(self, tokens: Ids, pattern: Pattern | None = None) -> Float[Tensor, "texts shared"]:
         """One vector of length 1 for every text, from the token that it ends with."""
-        end = tokens.amax(1, keepdim=True) if self.config.end == 2 else self.config.end
-        last, rows = (tokens == end).int().argmax(1), torch.arange(len(tokens), device=tokens.device)
-        return F.normalize(self.from_text(self.text(tokens, pattern)[rows, last]), dim=-1)
+        return F.normalize(self.from_text(self.text.pooled(self.text(tokens, pattern), tokens)), dim=-1)
 
     def embed_images(self, pixels: Pixels) -> Float[Tensor, "images shared"]:
         """One vector of length 1 for every image, from its class token."""
-        return F.normalize(self.from_image(self.image.norm(self.image(pixels)[:, 0])), dim=-1)
+        return F.normalize(self.from_image(self.image.pooled(self.image(pixels))), dim=-1)
 
 
-LAYER, OURS = "encoder.layers.*", "blocks.*"
 BLOCKS = {
-    f"{LAYER}.layer_norm1.*": f"{OURS}.attention.norm.*",
-    f"{LAYER}.layer_norm2.*": f"{OURS}.feed_forward.norm.*",
-    f"{LAYER}.mlp.fc1.*": f"{OURS}.feed_forward.part.up.*",
-    f"{LAYER}.mlp.fc2.*": f"{OURS}.feed_forward.part.down.*",
-} | {
-    f"{LAYER}.self_attn.{theirs}.*": f"{OURS}.attention.part.{ours}.*"
-    for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items()
-}
+    f"encoder.layers.*.{theirs}.*": f"blocks.*.{ours}.*"
+    for theirs, ours in {
+        "layer_norm1": "attention.norm", "self_attn.q_proj": "attention.part.query",
+        "self_attn.k_proj": "attention.part.key", "self_attn.v_proj": "attention.part.value",
+        "self_attn.out_proj": "attention.part.out", "layer_norm2": "feed_forward.norm",
+        "mlp.fc1": "feed_forward.part.up", "mlp.fc2": "feed_forward.part.down",
+    }.items()
+}  # fmt: skip
 TEXT = BLOCKS | {
-    "embeddings.token_embedding.weight": "word.weight",
-    "embeddings.position_embedding.weight": "position.weight",
+    "embeddings.token_embedding.weight": "word.weight", "embeddings.position_embedding.weight": "position.weight",
     "final_layer_norm.*": "norm.*",
-}
+}  # fmt: skip
 IMAGE = BLOCKS | {
     "embeddings.class_embedding": "class_token", "embeddings.patch_embedding.weight": "patch.weight",
     "embeddings.position_embedding.weight": "position.weight", "pre_layrnorm.*": "first_norm.*",
@@ -233,8 +234,7 @@ IMAGE_FIELDS = {
 
 FORMATS = {
     "clip": Format(
-        config=Config,
-        architectures={"CLIPModel": Model},
+        config=Config, architectures={"CLIPModel": Model},
         fields={"shared_dim": "projection_dim"}
         | {name: f"text_config.{key}" for name, key in TEXT_FIELDS.items()}
         | {name: f"vision_config.{key}" for name, key in IMAGE_FIELDS.items()},

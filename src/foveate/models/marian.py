@@ -56,6 +56,6 @@ FORMATS = {
         implied={"learned": False}, codecs={"never": Codec(_read_never, _write_never)},
         defaults={"vocab_size": 58101, "decoder_start_token_id": 58100, "pad_token_id": 58100, "eos_token_id": 0,
                   "forced_eos_token_id": 0},
-        generation=("start", "end", "pad", "first", "last", "never"), **COMMON,
+        generation=("start", "end", "pad", "first", "last", "never"), silent=("first", "last", "never"), **COMMON,
     )
 }  # fmt: skip

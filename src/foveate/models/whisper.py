@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +26,7 @@ from foveate.cache import KeyValueCache
 from foveate.errors import InvalidInput
 from foveate.generation import greedy
 from foveate.naming import Format, Names
-from foveate.nn import Block, CrossAttention, Decoder, Encoder, FeedForward, PreNorm, SelfAttention
-from foveate.nn.attention import MultiHeadAttention
+from foveate.nn import Block, CrossAttention, Decoder, Encoder, FeedForward, MultiHeadAttention, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
 from foveate.values import describe
@@ -59,6 +58,8 @@ class Config:
     start: int = 50258  # what a text begins with
     end: int | None = 50257
     pad: int | None = 50257
+    never: tuple[int, ...] | None = None  # what is not written: brackets, notes, other signs
+    never_first: tuple[int, ...] | None = None  # nor as the first word: a space, the end
     kind: str = "whisper"
     other: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # what config.json says beside
 
@@ -142,8 +143,7 @@ class Model(nn.Module):
             wanted = f"[batch, {self.config.mels} mels, up to {most} frames]"
             raise InvalidInput(f"sound is {describe(sound)}: wanted {wanted}")
         x = F.gelu(self.second(F.gelu(self.first(sound)))).mT
-        y: Tensor = self.encoder(self.dropout(x + self.sound_position[: x.shape[1]]))
-        return y
+        return cast(Tensor, self.encoder(self.dropout(x + self.sound_position[: x.shape[1]])))
 
     def decode(
         self, tokens: Target, context: Heard, pattern: Pattern | None = None, *, cache: KeyValueCache | None = None
@@ -154,8 +154,7 @@ class Model(nn.Module):
         if end > self.config.positions:
             raise InvalidInput(f"the text has {end} tokens but the model {self.config.positions} positions: cut it")
         x = self.dropout(self.word(tokens) + self.position.weight[start:end])
-        y: Tensor = self.decoder(x, context, causal if pattern is None else causal & pattern, cache=cache)
-        return y
+        return cast(Tensor, self.decoder(x, context, causal if pattern is None else causal & pattern, cache=cache))
 
     def forward(self, sound: Sound, tokens: Target, pattern: Pattern | None = None) -> Written:
         """What each token of the text has become."""
@@ -175,8 +174,7 @@ class LanguageModel(nn.Module):
         self, sound: Sound, tokens: Target, pattern: Pattern | None = None
     ) -> Float[Tensor, "batch length vocabulary"]:
         """The scores; the text begins with `config.start`, the language and the task."""
-        scores: Tensor = self.head(self.body(sound, tokens, pattern))
-        return scores
+        return cast(Tensor, self.head(self.body(sound, tokens, pattern)))
 
     @torch.no_grad()
     def generate(self, sound: Sound, tokens: Target | None = None, *, new: int) -> Int[Tensor, "batch longer"]:
@@ -193,8 +191,9 @@ class LanguageModel(nn.Module):
 
         cache = KeyValueCache(config.decoder_layers)
         return greedy(
-            decoder, self.head, tokens, cache, new=new, end=config.end, pad=config.pad, positions=config.positions
-        )
+            decoder, self.head, tokens, cache, new=new, end=config.end, pad=config.pad, positions=config.positions,
+            never=config.never or (), never_first=config.never_first or (),
+        )  # fmt: skip
 
 
 def _side(theirs: str) -> dict[str, str]:
@@ -229,21 +228,20 @@ FIELDS = {
     "decoder_layers": "decoder_layers", "heads": "encoder_attention_heads", "decoder_heads": "decoder_attention_heads",
     "hidden": "encoder_ffn_dim", "decoder_hidden": "decoder_ffn_dim", "dropout": "dropout",
     "attention_dropout": "attention_dropout", "hidden_dropout": "activation_dropout",
-    "start": "decoder_start_token_id", "end": "eos_token_id", "pad": "pad_token_id",
+    "start": "decoder_start_token_id", "end": "eos_token_id", "pad": "pad_token_id", "never": "suppress_tokens",
+    "never_first": "begin_suppress_tokens",
 }  # fmt: skip
 
 FORMATS = {
     "whisper": Format(
-        config=Config,
+        config=Config, fields=FIELDS, names=NAMES, heads={"proj_out.weight": "head.weight"}, prefix="model.",
         architectures={"WhisperForConditionalGeneration": LanguageModel, "WhisperModel": Model},
-        fields=FIELDS,
         fixed={
             "activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True,
             "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False,
         },
-        defaults={"decoder_start_token_id": 50257, "eos_token_id": 50256, "pad_token_id": 50256},
-        names=NAMES,
-        heads={"proj_out.weight": "head.weight"},
-        prefix="model.",
+        defaults={"decoder_start_token_id": 50257, "eos_token_id": 50256, "pad_token_id": 50256,
+                  "begin_suppress_tokens": [220, 50256]},
+        generation=("start", "end", "pad", "never", "never_first"), silent=("never", "never_first"),
     )
 }  # fmt: skip
