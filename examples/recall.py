@@ -80,9 +80,10 @@ def sequences(given: Settings, n: int, draw: torch.Generator) -> tuple[Tensor, T
 
 
 class Indexed(nn.Module):
-    """Softmax attention to the `top_k` keys that a lightning indexer chooses, or to all where `sparse` is False.
+    """Softmax attention to the `top_k` keys that a lightning indexer chooses, or to all while `sparse` is False.
 
-    `distance` is how far the indexer was from the attention in the last call, which is what it learns from.
+    `distance` is how far the indexer was from the attention in the last call, which is what it learns from; it is not
+    worked out while the indexer is frozen.
     """
 
     def __init__(self, dim: int, heads: int, top_k: int) -> None:
@@ -96,10 +97,11 @@ class Indexed(nn.Module):
         q = self.attention.query(x).unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
         return q, *self.attention.project(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: fv.Pattern | None = None) -> Tensor:
         q, k, v = self.heads(x)
-        keys = self.indexer(x, fv.causal) if self.sparse else fv.causal
-        if self.training:
+        if keys is None:
+            keys = self.indexer(x, fv.causal) if self.sparse else fv.causal
+        if self.training and self.indexer.key.weight.requires_grad:
             self.distance = self.indexer.loss(x, q, k, keys)
         return self.attention.out(fv.attention(q, k, v, keys).transpose(1, 2).flatten(2))
 
@@ -122,12 +124,16 @@ class Reader(nn.Module):
         x = x + self.convolution(self.norms[0](x))[0]
         return x, self.norms[1](x)
 
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The score of every value, from x and what the attention gave."""
+        x = x + mixed
+        return self.answer(self.norms[3](x + self.feed_forward(self.norms[2](x))))
+
     def forward(self, tokens: Tensor) -> Tensor:
         """The score of every value at every token `[batch, length, names]`."""
         x, read = self.before(tokens)
         mixed = self.mixer(read, self.pattern) if isinstance(self.mixer, fv.nn.SelfAttention) else self.mixer(read)
-        x = x + (mixed[0] if isinstance(mixed, tuple) else mixed)  # a linear layer gives its state too
-        return self.answer(self.norms[3](x + self.feed_forward(self.norms[2](x))))
+        return self.after(x, mixed[0] if isinstance(mixed, tuple) else mixed)  # a linear layer gives its state too
 
 
 def reader(given: Settings) -> Reader:
@@ -267,8 +273,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps = given.steps or (1000 if given.full else 600)
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
     asked = {"length": given.length, "pairs": given.pairs, "names": given.names}
-    work = [Settings(way, state, seed, steps, **asked) for seed in range(given.seeds)
-            for way in reversed(WAYS) for state in (states if way != "softmax" else [2 * DIM * given.length])]  # fmt: skip
+    ways = [(way, state) for way in reversed(WAYS) for state in states if way != "softmax"]
+    ways.append(("softmax", 2 * DIM * given.length))  # no choice of a size
+    work = [Settings(way, state, seed, steps, **asked) for seed in range(given.seeds) for way, state in ways]
     started = time.perf_counter()
     if given.jobs == 1:
         found = list(map(train, work))
