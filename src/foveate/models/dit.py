@@ -83,8 +83,8 @@ PRESETS = {
 
 def waves(numbers: Float[Tensor, " numbers"], slowest: int = WAVES // 2) -> Float[Tensor, "numbers waves"]:
     """(cos(n·θ_i), sin(n·θ_i)), θ_i = 10000^(−i / slowest), in float32, as models have learned them."""
-    steps = torch.arange(WAVES // 2, dtype=torch.float32, device=numbers.device) / slowest
-    angles = numbers.float()[:, None] * torch.exp(-math.log(10000) * steps)
+    steps = torch.arange(WAVES // 2, dtype=torch.float32, device=numbers.device)
+    angles = numbers.float()[:, None] * torch.exp(-math.log(10000) * steps / slowest)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
