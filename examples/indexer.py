@@ -94,10 +94,11 @@ class Study:
         losses = []
         for _ in range(steps):
             tokens, answers = sequences(self.task, self.plan.batch, self.draw)
-            scores = self.model(tokens)
+            asked = answers >= 0
+            scores = self.model(tokens, asked)
             loss = torch.zeros(())
             if model:
-                loss = loss + cross_entropy(scores.flatten(0, 1), answers.flatten())
+                loss = loss + cross_entropy(scores, answers[asked])
             if indexer:
                 loss = loss + self.mixer.distance
                 losses.append(self.mixer.distance.item())
@@ -123,11 +124,11 @@ class Study:
     def accuracy(self, top_k: int | None) -> float:
         """The share of right answers with k keys, or with all of them."""
         self.look(top_k)
-        right = asked = 0
+        right = []
         for tokens, answers in self.tested():
-            said = self.model(tokens).argmax(-1)
-            right, asked = right + int((said == answers).sum()), asked + int((answers >= 0).sum())
-        return right / asked
+            asked = answers >= 0
+            right.append(self.model(tokens, asked).argmax(-1) == answers[asked])
+        return torch.cat(right).double().mean().item()
 
     @torch.no_grad()
     def attention(self, read: Tensor) -> Tensor:
@@ -158,9 +159,10 @@ class Study:
             x, read = self.model.before(tokens)
             top = self.attention(read).topk(top_k)
             keys = fv.selected(top.indices[:, None].int())
-            said = self.model.after(x, self.mixer(read, fv.causal & keys)).argmax(-1)
-            right.append((said == answers)[answers >= 0])
-            shares.append(top.values.sum(-1)[answers >= 0])
+            asked = answers >= 0
+            said = self.model.after((x + self.mixer(read, fv.causal & keys))[asked]).argmax(-1)
+            right.append(said == answers[asked])
+            shares.append(top.values.sum(-1)[asked])
         return torch.cat(right).double().mean().item(), torch.cat(shares).mean().item()
 
 

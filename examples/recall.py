@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     state: int  # numbers that a token reads, beside what chooses them
     seed: int
     steps: int
-    batch: int = 64
+    batch: int = 32
     length: int = 64
     pairs: int = 16
     names: int = 128  # that there are, and as many values
@@ -124,16 +124,16 @@ class Reader(nn.Module):
         x = x + self.convolution(self.norms[0](x))[0]
         return x, self.norms[1](x)
 
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The score of every value, from x and what the attention gave."""
-        x = x + mixed
+    def after(self, x: Tensor) -> Tensor:
+        """The score of every value, from x with what the attention gave."""
         return self.answer(self.norms[3](x + self.feed_forward(self.norms[2](x))))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The score of every value at every token `[batch, length, names]`."""
+    def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:
+        """The score of every value, `[questions, names]`, at the tokens where `asked` is True."""
         x, read = self.before(tokens)
         mixed = self.mixer(read, self.pattern) if isinstance(self.mixer, fv.nn.SelfAttention) else self.mixer(read)
-        return self.after(x, mixed[0] if isinstance(mixed, tuple) else mixed)  # a linear layer gives its state too
+        x = x + (mixed[0] if isinstance(mixed, tuple) else mixed)  # a linear layer gives its state too
+        return self.after(x[asked])
 
 
 def reader(given: Settings) -> Reader:
@@ -164,9 +164,10 @@ def train(given: Settings) -> Found:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, given.steps)
     for step in range(given.steps):
         tokens, answers = sequences(given, given.batch, draw)
+        asked = answers >= 0
         if given.way == "DSA":  # all keys while the indexer looks on, then the chosen ones
             model.mixer.sparse = step >= given.steps // 2
-        loss = cross_entropy(model(tokens).flatten(0, 1), answers.flatten())
+        loss = cross_entropy(model(tokens, asked), answers[asked])
         if given.way == "DSA":
             loss = loss + model.mixer.distance  # of other parameters: neither learns from the other's
         optimizer.zero_grad()
@@ -182,18 +183,20 @@ def test(model: Reader, given: Settings, started: float) -> Found:
     """Ask new sequences, the same for every way."""
     draw = torch.Generator().manual_seed(1000)
     tokens, answers = sequences(given, given.tests, draw)
-    right = torch.cat([model(part).argmax(-1) for part in tokens.split(100)]) == answers
     asked = answers >= 0
-    # Where a name is asked for: which pair has it, and so how far back its value stands.
+    said = [model(*part).argmax(-1) for part in zip(tokens.split(100), asked.split(100), strict=True)]
+    right = torch.cat(said) == answers[asked]
+    # Which pair has the name that is asked for, and so how far back its value stands.
     pair = (tokens[:, :, None] == tokens[:, None, 0 : 2 * given.pairs : 2]).int().argmax(-1)
-    back = torch.arange(given.length) - (2 * pair + 1)
+    back = (torch.arange(given.length) - (2 * pair + 1))[asked]
     by_distance = []
     for near in range(0, given.length, 8):
-        here = asked & (back >= near) & (back < near + 8)
+        here = (back >= near) & (back < near + 8)
         if here.any():
             by_distance.append((near, right[here].double().mean().item()))
-    recall = right[asked].double().mean().item()
-    return Found(given.way, given.state, recall, kept(model, given), time.process_time() - started, by_distance)
+    recall, seconds = right.double().mean().item(), time.process_time() - started
+    print(f"{given.way}, {given.state:,}: {recall:.1%} in {seconds:.0f} CPU seconds", flush=True)
+    return Found(given.way, given.state, recall, kept(model, given), seconds, by_distance)
 
 
 def kept(model: Reader, given: Settings) -> int:
@@ -286,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(said)
     picture(found, folder / "recall.png")
     told = (
-        f"{given.pairs} pairs in {given.length} tokens, {given.names} names, {steps} steps of 64 sequences, "
+        f"{given.pairs} pairs in {given.length} tokens, {given.names} names, {steps} steps of {work[0].batch}, "
         f"{given.seeds} seed{'s' * (given.seeds > 1)}, 2000 sequences to test with; "
         f"{time.perf_counter() - started:.0f} s in {given.jobs} process{'es' * (given.jobs > 1)} of one thread, "
         f"torch {torch.__version__}."
