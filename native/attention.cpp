@@ -175,7 +175,7 @@ struct Bands {
     }
 };
 
-constexpr int64_t most_tiles = 4, most_prepared = 8;  // of a band; where keys and values are prepared for it
+constexpr int64_t most_tiles = 4, most_prepared = 16;  // of a band; where keys and values are prepared for it
 
 void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;

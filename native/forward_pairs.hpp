@@ -4,7 +4,7 @@
 
 // Work goes on half a tile of rows at a time, and the scores of the next half are made between the weights of this one
 // and their product with the values: what was just written is then there when the matrix unit reads it. All numbers of a
-// half lie together, `half` to a row: rows twice as far apart would share a quarter of the first cache's places. Columns
+// half lie together, `half` to a row: rows twice as far apart would share half of the first cache's places. Columns
 // are prepared a few at a time, for all rows of the band.
 constexpr int64_t half = 32, columns_at_once = 4;
 constexpr float most_sum = 256;  // of the weights of a row and a tile, or its base is raised
@@ -99,10 +99,8 @@ struct Prepared {
 
 // Half a tile of rows against one column.
 struct Visit {
-    int64_t r, c, first, rows;  // row tile, prepared column; first row in the tile, and how many
+    int64_t h, c;  // half, prepared column
     Columns mine;
-
-    int64_t h() const { return 2 * r + first / half; }
 };
 
 static void forward_pairs(const Call& call, const Band& band, char* scratch) {
@@ -121,22 +119,23 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     float *wide_v = room(tile * padded(value_dim)), *shrink = room(tile), *row_scratch = room(lanes * (value_dim + lanes));
     uint32_t* q[2 * band_rows];
     Running state[2 * band_rows];
-    BandColumns columns(call, band);
-    const int64_t halves = 2 * band.count;
+    BandColumns ahead(call, band);
+    Columns columns[2 * band_rows];
+    const int64_t halves = blocks(least(call.queries - band.first * tile, band.count * tile), half);
+    const auto rows_of_half = [&](int64_t h) { return least(call.queries - band.first * tile - h * half, half); };
     for (int64_t h = 0; h < halves; ++h) {
+        columns[h] = ahead.of[h / 2];
         q[h] = reinterpret_cast<uint32_t*>(room(key_floats / 2));
         state[h].whole = {room(half), room(half), room(half * value_wide)};
         state[h].group = {room(half), room(half), room(half * value_wide)};
         state[h].step = half;
-        const int64_t first_row = band.first * tile + h * half, rows = least(call.queries - first_row, half);
-        if (rows <= 0) break;
+        const int64_t first_row = band.first * tile + h * half, rows = rows_of_half(h);
         state[h].begin(call, band.head, rows);
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, ready[0].key_rows, false), rows, dim,
                   negative, q[h], half);
     }
 
     const PairUnit unit;
-    BandColumns ahead = columns;
     int64_t prepared = 0;
     const auto prepare = [&] {
         for (prepared = 0; prepared < columns_at_once; ++prepared) {
@@ -153,44 +152,40 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
         }
         return prepared > 0;
     };
-    // The next half tile, row by row through the prepared columns; false at their end.
+    // The next visit, half by half through the prepared columns; false at their end.
     const auto advance = [&](Visit& to) {
-        if (to.first == 0 && to.mine.rows > half) {
-            to.first = half, to.rows = to.mine.rows - half;
-            return true;
-        }
-        for (++to.c; to.r < band.count; ++to.r, to.c = 0) {
-            Columns& mine = columns.of[to.r];
+        for (++to.c; to.h < halves; ++to.h, to.c = 0) {
+            Columns& mine = columns[to.h];
             while (to.c < prepared && (mine.done() || mine.column() != ready[to.c].column)) ++to.c;
             if (to.c >= prepared) continue;
             to.mine = mine;
             mine.next();
-            to.first = 0, to.rows = least(to.mine.rows, half);
             return true;
         }
         return false;
     };
     const auto score = [&](const Visit& of) {
         const Prepared& with = ready[of.c];
-        pair_products<half>(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.h()], blocks(dim, 32),
-                            blocks(of.rows, lanes), scores, false);
+        pair_products<half>(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.h], blocks(dim, 32),
+                            blocks(rows_of_half(of.h), lanes), scores, false);
     };
     while (prepare()) {
-        Visit visit{0, -1, half, 0, {}};
+        Visit visit{0, -1, {}};
         bool more = advance(visit);
         if (more) score(visit);
         while (more) {
             const Visit now = visit;
             Prepared& with = ready[now.c];
-            const int64_t keys = with.keys, active = blocks(now.rows, lanes), first_key = with.column * tile;
-            const Place at{band.batch, band.head, now.mine.first_row + now.first, now.rows, first_key, keys};
-            Running& running = state[now.h()];
+            const int64_t keys = with.keys, rows = rows_of_half(now.h), first_key = with.column * tile;
+            const int64_t active = blocks(rows, lanes), above = now.h % 2 * half;  // rows of the tile above this half
+            const Place at{band.batch, band.head, now.mine.first_row + above, rows, first_key, keys};
+            Running& running = state[now.h];
             const bool first = running.next(value_wide);
             const State& mine = running.group;
             if (adjusted) adjust(call, at, scale, active, scores, nullptr, half);
             uint64_t seen[tile];
             const bool masked = now.mine.hides(seen);
-            if (masked) hide(scores, seen, keys, active, now.first, half);
+            if (masked) hide(scores, seen, keys, active, above, half);
             const bool guarded = (masked || call.bias || call.threshold) && !with.has_finite(value_dim);
             bool raised;
             if (guarded || call.threshold) {
@@ -219,8 +214,8 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
         }
     }
     for (int64_t h = 0; h < halves; ++h) {
-        const int64_t first_row = band.first * tile + h * half, rows = least(call.queries - first_row, half);
-        if (rows > 0) leave(call, band.batch, band.head, first_row, rows, state[h].end(value_wide), shrink, row_scratch, half);
+        leave(call, band.batch, band.head, band.first * tile + h * half, rows_of_half(h), state[h].end(value_wide), shrink,
+              row_scratch, half);
     }
 }
 #endif
