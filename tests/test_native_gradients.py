@@ -110,7 +110,8 @@ def test_only_a_score_that_wants_a_gradient_gets_one(which: str) -> None:
 @pytest.mark.parametrize("score", ["alibi", "relative_bias", "bias"])
 def test_what_collects_from_many_keys_of_a_row_collects_no_common_error(score: str, start: int | None) -> None:
     """The gradients of a row's scores sum to 0, and a slope multiplies them by distances: an error of δ, which is the
-    same for every key of the row, would add up, by the distance of a query that stands far behind.
+    same for every key of the row, would add up, by the distance of a query that stands far behind. In half precision
+    that would be the rounding of the output, which is not in the gradient otherwise.
     """
     made = {
         "alibi": fv.alibi(normal(6).abs() / 50), "relative_bias": fv.relative_bias(normal(3, 6)),
@@ -128,7 +129,8 @@ def test_what_collects_from_many_keys_of_a_row_collects_no_common_error(score: s
         for kernel in KERNELS:
             found = results(on(kernel), call, dtype)[-1]
             assert found is not None
-            assert (found - truth).square().mean().sqrt() <= 2 * (plain - truth).square().mean().sqrt(), kernel
+            off, loss = ((x - truth).square().mean().sqrt() for x in (found, plain))
+            assert off <= (1.5 if dtype == torch.float32 else 0.02) * loss, kernel
 
 
 @pytest.mark.parametrize("expanded", ["sum", "by row", "by head"])
