@@ -175,7 +175,7 @@ struct Bands {
     }
 };
 
-constexpr int64_t most_tiles = 4;  // of a band
+constexpr int64_t most_tiles = 4, most_prepared = 8;  // of a band; where keys and values are prepared for it
 
 void decode_all(const Call& call, const Kernel& kernel, int threads) {
     const int64_t rows = call.heads / call.key_heads * call.queries, groups = call.batch * call.key_heads;
@@ -250,7 +250,7 @@ void forward(const Call& call, const Kernel& kernel, int threads) {
     // Keys and values of half precision are prepared once for a band; tall ones, as long as all threads have several.
     const int64_t rows = tiles_of(call.queries) * call.batch * call.heads;
     const bool prepares = call.dtype != Dtype::float32;
-    const Bands bands(call, prepares ? std::clamp<int64_t>(rows / (4 * threads), 1, most_tiles) : 1);
+    const Bands bands(call, prepares ? std::clamp<int64_t>(rows / (4 * threads), 1, most_prepared) : 1);
     const int64_t bytes = kernel.forward_bytes(call, bands.height);
     spread(threads_for(products_of(call), threads), call.batch * call.heads * bands.count, [&](int64_t n) {
         const int64_t at = n / bands.count;
@@ -268,6 +268,9 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     const int64_t turns = group * bands.count;
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
     gradients.passed = passed.data();
+    const bool scored = gradients.d_bias || gradients.d_distances;
+    std::unique_ptr<float[]> deltas(scored ? new float[static_cast<size_t>(call.batch * call.heads * call.queries)] : nullptr);
+    gradients.deltas = deltas.get();
     const int64_t bytes = kernel.backward_bytes(call, bands.height);
     // Turn by turn through all heads: two bands of one head, of which one may have to wait, seldom run together.
     spread(threads, groups * turns, [&](int64_t n) {

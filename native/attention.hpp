@@ -75,6 +75,7 @@ struct Gradients {
     int64_t bias_sizes[4];          // 1 where one entry stands for all
     double* d_distances;            // as distances; null: not wanted
     int64_t distance_batches;       // 1 or batch
+    float* deltas;                  // [batch, heads, queries]: δ of every row, if something added to the scores wants a gradient
     std::atomic<int64_t>* passed;   // [batch, key heads, turns]: the key tiles before this one are done
 };
 

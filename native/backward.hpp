@@ -8,17 +8,25 @@
 // other bands have added: always in the order of their turns, so that results are equal to the bit on any number of
 // threads. A thread waits only for bands that are being computed, and only if they are at an earlier tile of keys.
 
-// Waits until every band before `turn` has passed the column; `done`: how many are known to have ended.
-static void wait_for(const std::atomic<int64_t>* passed, int64_t turn, int64_t column, int64_t& done) {
-    while (done < turn && passed[done].load(std::memory_order_acquire) == INT64_MAX) ++done;
-    for (int64_t before = done; before < turn; ++before)
-        for (int spins = 0; passed[before].load(std::memory_order_acquire) <= column; ++spins) {
-            if (spins > 200) sched_yield();
+// One of the bands that add to the same tiles of keys, and how far each of them is.
+struct Turn {
+    std::atomic<int64_t>* passed;
+    int64_t mine, ended;  // so many before this one are known to have ended
+
+    // Its own sum for the column is ready: waits until every band before it is past the column.
+    void come(int64_t column) {
+        passed[mine].store(column, std::memory_order_release);
+        while (ended < mine && passed[ended].load(std::memory_order_acquire) == INT64_MAX) ++ended;
+        for (int64_t before = ended; before < mine; ++before)
+            for (int spins = 0; passed[before].load(std::memory_order_acquire) <= column; ++spins) {
+                if (spins > 200) sched_yield();
 #if defined(__x86_64__)
-            _mm_pause();
+                _mm_pause();
 #endif
-        }
-}
+            }
+    }
+    void end() { passed[mine].store(INT64_MAX, std::memory_order_release); }
+};
 
 // NaN and infinity become 0: where a weight of 0 hides a row, its content must not matter.
 static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch) {
@@ -32,8 +40,10 @@ static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch
 
 // A tile of rows made ready: queries and the gradient of the output across the lanes, log-sum-exp and δ.
 // The log-sum-exp is binary, in two parts: one float32 would cost as many digits as it has before its point.
+// Into `sums`, if it is there, go the gradients of a row's scores. What they should sum to is known, so they tell the error
+// of δ, by the rounding of the output: it is the same in a whole row, and adds up where an entry of a score collects there.
 struct Ready {
-    float *q, *d_out, *lse, *lse_rest, *delta;
+    float *q, *d_out, *lse, *lse_rest, *delta, *sums;
 };
 
 // Log-sum-exp (binary) and δ of a tile of rows, the first of which is number `at` of all.
@@ -77,8 +87,10 @@ struct TileGradients {
 template <bool some_hidden>
 static void score_gradients(const Call& call, const Place& at, int64_t active, float binary, const Ready& ready,
                             float* weights, float* d_scores, float* slopes) {
+    const bool summed = ready.sums;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
         const Floats lse = load(ready.lse + n), lse_rest = load(ready.lse_rest + n), delta = load(ready.delta + n);
+        Floats sum{};
         for (int64_t key = 0; key < at.keys; key += 4) {
             Floats factors[4];
             if (call.threshold) dropped(call, at, key, n, factors);
@@ -92,12 +104,14 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
                 if (call.threshold) d_weight *= factors[more];
                 Floats change = weight * (d_weight - delta);
                 if (some_hidden) change = weight == Floats{} ? Floats{} : change;  // whatever the value holds
+                if (summed) sum += change;
                 store(d_scores + place, change);
                 store(weights + place, call.threshold ? weight * factors[more] : weight);
                 if (call.softcap != 0)
                     store(slopes + place, weight == Floats{} ? Floats{} : change * load(slopes + place));
             }
         }
+        if (summed) store(ready.sums + n, load(ready.sums + n) + sum);
     }
 }
 
@@ -127,21 +141,23 @@ static TileGradients tile_gradients(const Gradients& g, const Columns& mine, con
     return through_softmax(call, mine, at, ready, weights, d_scores, slopes);
 }
 
-static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 3); }
+static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 4); }
 
-static Ready ready_at(const Call& call, float*& next) {
+static Ready ready_at(const Call& call, float*& next, bool summed) {
     float* q = next;
     float* d_out = q + tile * call.dim;
     float* lse = d_out + tile * call.value_dim;
-    next = lse + 3 * tile;
-    return {q, d_out, lse, lse + tile, lse + 2 * tile};
+    float* sums = lse + 3 * tile;
+    next = sums + tile;
+    memset(sums, 0, sizeof(float) * tile);
+    return {q, d_out, lse, lse + tile, lse + 2 * tile, summed ? sums : nullptr};
 }
 
 static int64_t backward_bytes(const Call& call, int64_t tile_rows) {
     const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);
-    // Weights, gradients and slopes of a tile; keys and values as float32, clean keys; sums for a tile of keys; factors.
+    // Weights, gradients and slopes of a tile; keys and values as float32, clean keys; sums for a tile of keys.
     const int64_t widest = most(dim, value_dim);
-    const int64_t shared = tile * (3 * tile + 2 * widest + 2 * dim + value_dim + 1) + lanes * (dim + lanes);
+    const int64_t shared = tile * (3 * tile + 2 * widest + 2 * dim + value_dim) + lanes * (dim + lanes);
     const int64_t each = ready_floats(call) + tile * (2 * dim + value_dim);  // and q, dO as rows, dQ
     return 4 * (shared + tile_rows * each);
 }
@@ -156,6 +172,31 @@ static void add_rows(float* to, const float* from, int64_t count, int64_t dim, f
         }
 }
 
+// δ of a row without the rounding of the output: Σ P ∘ dP = Σ dS + δ · ΣP, and what ΣP lacks is the share of a sink.
+static float finer_delta(const Call& call, int64_t head, int64_t at, float delta, float sum, float d_lse) {
+    const double lse = static_cast<double>(call.lse[at]) + (call.rest ? call.rest[at] : 0);
+    const double sunk = call.sinks && lse != -INFINITY ? exp(call.sinks[head] - lse) : 0;
+    return static_cast<float>(delta - delta * sunk + sum - d_lse);
+}
+
+// What a band kept to its end: dQ, out of the lanes, and δ of its rows.
+static void leave_rows(const Gradients& g, const Band& band, const BandColumns& columns, const Ready* ready,
+                       const float* const* dq, float* row_scratch) {
+    const Call& call = g.call;
+    const int64_t dim = call.dim;
+    float factors[tile];
+    for (float& factor : factors) factor = call.scale;
+    for (int64_t r = 0; r < band.count; ++r) {
+        const int64_t at = (band.batch * call.heads + band.head) * call.queries + columns.of[r].first_row;
+        unlay(dq[r], columns.of[r].rows, dim, factors, row_scratch, [&](int64_t row, const float* numbers) {
+            memcpy(g.dq + (at + row) * dim, numbers, sizeof(float) * static_cast<size_t>(dim));
+        });
+        for (int64_t row = 0; row < columns.of[r].rows && g.deltas; ++row)
+            g.deltas[at + row] = finer_delta(call, band.head, at + row, ready[r].delta[row], ready[r].sums[row],
+                                             g.d_lse ? g.d_lse[at + row] : 0);
+    }
+}
+
 static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
     const Call& call = g.call;
     const int64_t dim = call.dim, value_dim = call.value_dim, key_head = band.head / (call.heads / call.key_heads);
@@ -166,7 +207,7 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
     // Each of these holds a tile of keys, of values, or for a moment of queries or outputs.
     float *wide_k = room(tile * most(wide, value_wide)), *wide_v = room(tile * most(wide, value_wide));
     float* clean_k = room(tile * wide);
-    float *dk = room(tile * wide), *dv = room(tile * value_wide), *factors = room(tile);
+    float *dk = room(tile * wide), *dv = room(tile * value_wide);
     float* row_scratch = room(lanes * (wide + lanes));
     Ready ready[band_rows];
     Rows q[band_rows], d_out[band_rows];
@@ -174,7 +215,7 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
     BandColumns columns(call, band);
     for (int64_t r = 0; r < band.count; ++r) {
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
-        ready[r] = ready_at(call, next);
+        ready[r] = ready_at(call, next, g.deltas);
         make_ready(g, band.batch, band.head, first_row, rows, ready[r], wide_k, wide_v);
         float *q_rows = room(tile * wide), *d_rows = room(tile * value_wide);
         q[r] = rows_of(call, call.q, band.batch, band.head, first_row, rows, dim, q_rows);
@@ -184,8 +225,7 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
         dq[r] = room(tile * dim);
         memset(dq[r], 0, sizeof(float) * tile * dim);
     }
-    std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
-    int64_t done = 0;
+    Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide_k);
@@ -212,17 +252,11 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
             products<true, Into::added>(safe_k.data, dim, safe_k.stride, ds, tile, keys, active, dq[r], tile);
             mine.next();
         }
-        passed[turn].store(column, std::memory_order_release);
-        wait_for(passed, turn, column, done);
+        in_turn.come(column);
         const int64_t place = (band.batch * call.key_heads + key_head) * call.keys + first_key;
         add_rows(g.dk + place * dim, dk, keys, dim, call.scale);
         add_rows(g.dv + place * value_dim, dv, keys, value_dim, 1);
     }
-    passed[turn].store(INT64_MAX, std::memory_order_release);
-    for (int row = 0; row < tile; ++row) factors[row] = call.scale;
-    for (int64_t r = 0; r < band.count; ++r) {
-        float* to = g.dq + ((band.batch * call.heads + band.head) * call.queries + columns.of[r].first_row) * dim;
-        unlay(dq[r], columns.of[r].rows, dim, factors, row_scratch,
-              [&](int64_t row, const float* numbers) { memcpy(to + row * dim, numbers, sizeof(float) * dim); });
-    }
+    in_turn.end();
+    leave_rows(g, band, columns, ready, dq, row_scratch);
 }

@@ -28,7 +28,7 @@ static void add_chunks(float* to, const float* from, int64_t count, int64_t dim,
 static int64_t pair_row_floats(const Call& call) {
     const int64_t across = tile * (pair_stride(call.dim) + pair_stride(call.value_dim)) / 2;
     const int64_t woven = tile * tile / 2 * (blocks(call.dim, 64) + blocks(call.value_dim, 64));
-    return across + woven + 3 * tile + tile * blocks(call.dim, 16) * 16;
+    return across + woven + 4 * tile + tile * blocks(call.dim, 16) * 16;
 }
 
 static int64_t backward_pair_bytes(const Call& call, int64_t tile_rows) {
@@ -36,7 +36,7 @@ static int64_t backward_pair_bytes(const Call& call, int64_t tile_rows) {
     const int64_t turned = tile * blocks(call.dim, 16) * 8, widest = most(padded(call.dim), padded(call.value_dim));
     // Scores, gradients, slopes; three rounded copies; keys, values, keys turned; sums; rows on their way in and out.
     const int64_t shared = 3 * tile * tile + 3 * tile * tile / 2 + keys + values + turned +
-                           tile * tile * (blocks(call.dim, 64) + blocks(call.value_dim, 64)) + 2 * tile * widest + tile +
+                           tile * tile * (blocks(call.dim, 64) + blocks(call.value_dim, 64)) + 2 * tile * widest +
                            lanes * (widest + lanes);
     return 4 * (shared + tile_rows * pair_row_floats(call));
 }
@@ -57,7 +57,7 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
     uint16_t* turned = halves(tile * dim_blocks * 8);
     float *dk = room(tile * tile * chunks), *dv = room(tile * tile * value_chunks);
     const int64_t widest = most(padded(dim), padded(value_dim));
-    float *wide_a = room(tile * widest), *wide_b = room(tile * widest), *factors = room(tile);
+    float *wide_a = room(tile * widest), *wide_b = room(tile * widest);
     float* row_scratch = room(lanes * (widest + lanes));
 
     Ready ready[band_rows];
@@ -68,7 +68,8 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
         q[r] = words(tile * pair_stride(dim) / 2), d_out[r] = words(tile * pair_stride(value_dim) / 2);
         q_woven[r] = words(tile * tile / 2 * chunks), d_woven[r] = words(tile * tile / 2 * value_chunks);
-        ready[r] = {nullptr, nullptr, room(tile), room(tile), room(tile)};
+        ready[r] = {nullptr, nullptr, room(tile), room(tile), room(tile), g.deltas ? room(tile) : nullptr};
+        if (g.deltas) memset(ready[r].sums, 0, sizeof(float) * tile);
         dq[r] = room(tile * dim_blocks * 16);
         memset(dq[r], 0, sizeof(float) * static_cast<size_t>(tile * dim_blocks * 16));
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, key_rows, false), rows, dim, false, q[r]);
@@ -83,8 +84,7 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
     }
 
     const PairUnit unit;
-    std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
-    int64_t done = 0;
+    Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const PairRows k = pair_rows(call, call.k, band.batch, key_head, first_key, keys, dim, key_rows, call.pages);
@@ -113,18 +113,12 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
             first = false;
             mine.next();
         }
-        passed[turn].store(column, std::memory_order_release);
-        wait_for(passed, turn, column, done);
+        in_turn.come(column);
         const int64_t place = (band.batch * call.key_heads + key_head) * call.keys + first_key;
         add_chunks(g.dk + place * dim, dk, keys, dim, call.scale);
         add_chunks(g.dv + place * value_dim, dv, keys, value_dim, 1);
     }
-    passed[turn].store(INT64_MAX, std::memory_order_release);
-    for (int row = 0; row < tile; ++row) factors[row] = call.scale;
-    for (int64_t r = 0; r < band.count; ++r) {
-        float* to = g.dq + ((band.batch * call.heads + band.head) * call.queries + columns.of[r].first_row) * dim;
-        unlay(dq[r], columns.of[r].rows, dim, factors, row_scratch,
-              [&](int64_t row, const float* numbers) { memcpy(to + row * dim, numbers, sizeof(float) * static_cast<size_t>(dim)); });
-    }
+    in_turn.end();
+    leave_rows(g, band, columns, ready, dq, row_scratch);
 }
 #endif

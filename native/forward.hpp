@@ -22,6 +22,7 @@ struct State {
 struct Running {
     State whole, group;
     int64_t active, visited = 0;  // vectors of rows; tiles in this group
+    int64_t step = tile;          // from one number of `out` to the next
     bool joined = false;
 
     // Before any key: nothing, or a sink's weight. The sum of values is not cleared: its first product is stored fresh.
@@ -34,7 +35,7 @@ struct Running {
         for (int64_t n = 0; n < active * lanes; n += lanes) store(state.base + n, spread(base)), store(state.total + n, spread(total));
     }
     void zero(int64_t value_dim) const {
-        for (int64_t d = 0; d < value_dim; ++d) memset(group.out + d * tile, 0, sizeof(float) * lanes * static_cast<size_t>(active));
+        for (int64_t d = 0; d < value_dim; ++d) memset(group.out + d * step, 0, sizeof(float) * lanes * static_cast<size_t>(active));
     }
 
     // Called before each tile: whether it is the first of its group.
@@ -59,8 +60,8 @@ struct Running {
             store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
             store(whole.base + n, top);
             for (int64_t d = 0; d < value_dim; ++d) {
-                float* place = whole.out + d * tile + n;
-                store(place, load(place) * mine + load(group.out + d * tile + n) * theirs);
+                float* place = whole.out + d * step + n;
+                store(place, load(place) * mine + load(group.out + d * step + n) * theirs);
             }
         }
     }
@@ -73,11 +74,11 @@ struct Running {
 
 // Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
 template <int wide>
-static bool weigh(float* scores, int64_t keys, float binary, const State& state, float* shrink) {
+static bool weigh(float* scores, int64_t keys, float binary, const State& state, float* shrink, int64_t step) {
     Floats top[wide], base[wide], sum[wide];
     for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
     for (int64_t key = 0; key < keys; ++key)
-        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
+        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
     Ints raised{};
     for (int n = 0; n < wide; ++n) {
         const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
@@ -90,7 +91,7 @@ static bool weigh(float* scores, int64_t keys, float binary, const State& state,
     }
     for (int64_t key = 0; key < keys; ++key)
         for (int n = 0; n < wide; ++n) {
-            float* place = scores + key * tile + n * lanes;
+            float* place = scores + key * step + n * lanes;
             const Floats weight = power_of_two(load(place) * spread(binary) - base[n]);
             store(place, weight);
             sum[n] += weight;
@@ -102,29 +103,30 @@ static bool weigh(float* scores, int64_t keys, float binary, const State& state,
     return any(raised);
 }
 
-static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, float* shrink) {
+static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, float* shrink,
+                      int64_t step = tile) {
     bool raised = false;
     int64_t n = 0;
     for (; n + 4 <= active; n += 4)
         raised |= weigh<4>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes);
+                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
     for (; n < active; ++n)
         raised |= weigh<1>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes);
+                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
     return raised;
 }
 
 // The product with the values in which a weight of 0 hides its value, whatever that holds: 0 · inf is 0 and not NaN.
 static void guarded_products(const Rows& v, int64_t value_dim, const float* weights, int64_t keys, int64_t active,
-                             float* out, const float* shrink) {
+                             float* out, const float* shrink, int64_t step = tile) {
     for (int64_t d = 0; d < value_dim; ++d)
         for (int64_t n = 0; n < active * lanes; n += lanes) {
             Floats sum{};
             for (int64_t key = 0; key < keys; ++key) {
-                const Floats weight = load(weights + key * tile + n);
+                const Floats weight = load(weights + key * step + n);
                 sum += weight == Floats{} ? Floats{} : weight * spread(v.data[key * v.stride + d]);
             }
-            float* place = out + d * tile + n;
+            float* place = out + d * step + n;
             store(place, load(place) * load(shrink + n) + sum);
         }
 }
@@ -152,7 +154,7 @@ static inline void leave_lse(const Call& call, int64_t at, float base, float sum
 
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
-                  float* factors, float* row_scratch) {
+                  float* factors, float* row_scratch, int64_t step = tile) {
     for (int64_t row = 0; row < rows; ++row) {
         const float sum = state.total[row];
         factors[row] = sum == 0 ? 0.0f : 1.0f / sum;
@@ -160,9 +162,8 @@ static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_r
     }
     for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
-    unlay(state.out, rows, call.value_dim, factors, row_scratch, [&](int64_t row, const float* numbers) {
-        leave_row(call, at + row * call.out.row, numbers);
-    });
+    const auto take = [&](int64_t row, const float* numbers) { leave_row(call, at + row * call.out.row, numbers); };
+    unlay(state.out, rows, call.value_dim, factors, row_scratch, take, step);
 }
 
 static void forward(const Call& call, const Band& band, char* scratch) {

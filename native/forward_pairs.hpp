@@ -2,97 +2,84 @@
 // they mean; weights are rounded to bfloat16 on their way to the values, their sum is taken before.
 #if defined(FOVEATE_PAIRS)
 
-// Pairs of weights for `wide` vectors of rows over their bases, and what they sum to; raw maxima on the way.
+// Work goes on half a tile of rows at a time, and the scores of the next half are made between the weights of this one
+// and their product with the values: what was just written is then there when the matrix unit reads it. All numbers of a
+// half lie together, `half` to a row: rows twice as far apart would share a quarter of the first cache's places. Columns
+// are prepared a few at a time, for all rows of the band.
+constexpr int64_t half = 32, columns_at_once = 4;
+constexpr float most_sum = 256;  // of the weights of a row and a tile, or its base is raised
+
+// Pairs of weights for `wide` vectors of rows over their bases, and what they sum to.
 template <int wide>
 static inline void pairs_over(const float* scores, int64_t keys, float binary, const Floats (&base)[wide], Floats (&sum)[wide],
-                              Floats (&top)[wide], uint32_t* pairs) {
-    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
+                              uint32_t* pairs) {
+    for (int n = 0; n < wide; ++n) sum[n] = Floats{};
     int64_t key = 0;
     for (; key + 2 <= keys; key += 2)
         for (int n = 0; n < wide; ++n) {
-            const float* place = scores + key * tile + n * lanes;
-            const Floats first = load(place), second = load(place + tile);
-            top[n] = larger(second, larger(first, top[n]));
-            const Floats one = power_of_two<Digits::few>(first * spread(binary) - base[n]);
-            const Floats two = power_of_two<Digits::few>(second * spread(binary) - base[n]);
+            const float* place = scores + key * half + n * lanes;
+            const Floats one = power_of_two<Digits::few>(load(place) * spread(binary) - base[n]);
+            const Floats two = power_of_two<Digits::few>(load(place + half) * spread(binary) - base[n]);
             sum[n] += one + two;
-            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, two));
+            store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, two));
         }
     for (; key < blocks(keys, 32) * 32; key += 2)
         for (int n = 0; n < wide; ++n) {
-            const Floats last = key < keys ? load(scores + key * tile + n * lanes) : spread(-INFINITY);
-            top[n] = larger(last, top[n]);
+            const Floats last = key < keys ? load(scores + key * half + n * lanes) : spread(-INFINITY);
             const Floats one = power_of_two<Digits::few>(last * spread(binary) - base[n]);
             sum[n] += one;
-            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n * lanes), pair_of(one, Floats{}));
+            store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, Floats{}));
         }
 }
 
 // Scores become pairs of weights; whether any sum so far has to shrink. Bases hold for most tiles, so weights are made
-// with the old ones first, and again where a score stands too far above.
+// with the old ones, and their sums say which rows had a score too far above: only those get their maxima, and all weights
+// are made anew. A row's bits depend on no other row.
 template <int wide>
 static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
-    Floats top[wide], base[wide], sum[wide];
-    Ints raised{}, unset{};
+    Floats base[wide], sum[wide];
+    Ints wanting[wide], some{}, raised{}, begun{};
     for (int n = 0; n < wide; ++n) {
         base[n] = load(state.base + n * lanes);
-        unset |= base[n] == spread(-INFINITY);
+        wanting[n] = base[n] == spread(-INFINITY);
+        begun |= ~wanting[n];
     }
-    if (any(unset)) {  // no base yet: only the maxima count
-        for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY);
-        for (int64_t key = 0; key < keys; ++key)
-            for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * tile + n * lanes), top[n]);
-    } else {
-        pairs_over<wide>(scores, keys, binary, base, sum, top, pairs);
-    }
+    if (any(begun)) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
     for (int n = 0; n < wide; ++n) {
-        const Floats old = base[n], highest = top[n] * spread(binary);
-        const Ints above = highest > old + spread(slack);
-        const Floats risen = above ? highest : old;
-        raised |= above;
+        if (any(begun)) wanting[n] |= (sum[n] <= spread(most_sum)) == 0;  // or NaN
+        some |= wanting[n];
+    }
+    const bool holds = !any(some);
+    for (int n = 0; n < wide && !holds; ++n) {
+        Floats top = spread(-INFINITY);
+        for (int64_t key = 0; key < keys; ++key) top = larger(load(scores + key * half + n * lanes), top);
+        const Floats old = base[n], risen = wanting[n] ? larger(top * spread(binary), old) : old;
+        raised |= risen > old;
         base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
+        store(shrink + n * lanes, risen > old ? power_of_two(old - base[n]) : spread(1.0f));
         store(state.base + n * lanes, risen);
     }
-    if (any(raised) || any(unset)) pairs_over<wide>(scores, keys, binary, base, sum, top, pairs);
+    if (!holds) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
     for (int n = 0; n < wide; ++n) {
         float* total = state.total + n * lanes;
-        store(total, load(total) * load(shrink + n * lanes) + sum[n]);
+        store(total, (holds ? load(total) : load(total) * load(shrink + n * lanes)) + sum[n]);
     }
     return any(raised);
 }
 
-static bool weigh_all_pairs(const float* scores, int64_t keys, int64_t active, float binary, const State& state,
-                            float* shrink, uint32_t* pairs) {
-    bool raised = false;
-    int64_t n = 0;
-    for (; n + 2 <= active; n += 2)
-        raised |= weigh_pairs<2>(scores + n * lanes, keys, binary,
-                                 {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, pairs + n * lanes);
-    for (; n < active; ++n)
-        raised |= weigh_pairs<1>(scores + n * lanes, keys, binary,
-                                 {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, pairs + n * lanes);
-    return raised;
-}
-
 // Weights that are there as float32 already become pairs.
-static void pair_up(const float* weights, int64_t keys, int64_t active, uint32_t* pairs) {
+static void pair_up(const float* weights, int64_t keys, int64_t active, uint32_t* pairs, int64_t step = tile) {
     for (int64_t key = 0; key < blocks(keys, 32) * 32; key += 2)
         for (int64_t n = 0; n < active * lanes; n += lanes) {
-            const Floats one = key < keys ? load(weights + key * tile + n) : Floats{};
-            const Floats two = key + 1 < keys ? load(weights + (key + 1) * tile + n) : Floats{};
-            store(reinterpret_cast<float*>(pairs + key / 2 * tile + n), pair_of(one, two));
+            const Floats one = key < keys ? load(weights + key * step + n) : Floats{};
+            const Floats two = key + 1 < keys ? load(weights + (key + 1) * step + n) : Floats{};
+            store(reinterpret_cast<float*>(pairs + key / 2 * step + n), pair_of(one, two));
         }
 }
 
-// Work goes on half a tile of rows at a time, and the scores of the next half are made between the weights of this one
-// and their product with the values: what was just written is then there when the matrix unit reads it. Columns are
-// prepared a few at a time, for all rows of the band.
-constexpr int64_t half = 32, columns_at_once = 4;
-
 static int64_t pair_bytes(const Call& call, int64_t tile_rows) {
     const int64_t keys = tile * pair_stride(call.dim) / 2, values = tile * blocks(call.value_dim, 16) * 8;
-    const int64_t shared = columns_at_once * (keys + values) + tile * tile + tile * tile / 2 +
+    const int64_t shared = columns_at_once * (keys + values) + half * tile + half * tile / 2 +
                            tile * (padded(call.value_dim) + 1) + lanes * (call.value_dim + lanes);
     return 4 * (shared + tile_rows * (keys + 2 * tile * (blocks(call.value_dim, 16) * 16 + 2)));
 }
@@ -102,13 +89,20 @@ struct Prepared {
     int64_t column, keys;
     PairRows k;
     uint16_t *key_rows, *turned;
-    bool finite;
+    int finite;  // −1: not asked yet
+
+    bool has_finite(int64_t value_dim) {
+        if (finite < 0) finite = finite_pairs(turned, value_dim * tile);
+        return finite;
+    }
 };
 
 // Half a tile of rows against one column.
 struct Visit {
     int64_t r, c, first, rows;  // row tile, prepared column; first row in the tile, and how many
     Columns mine;
+
+    int64_t h() const { return 2 * r + first / half; }
 };
 
 static void forward_pairs(const Call& call, const Band& band, char* scratch) {
@@ -119,23 +113,26 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const int64_t key_floats = tile * pair_stride(dim) / 2, value_floats = tile * value_wide / 2;
-    float* scores = room(tile * tile);
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(room(tile * tile / 2));
+    float* scores = room(half * tile);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(room(half * tile / 2));
     Prepared ready[columns_at_once];
     for (Prepared& each : ready)
         each.key_rows = reinterpret_cast<uint16_t*>(room(key_floats)), each.turned = reinterpret_cast<uint16_t*>(room(value_floats));
     float *wide_v = room(tile * padded(value_dim)), *shrink = room(tile), *row_scratch = room(lanes * (value_dim + lanes));
-    uint32_t* q[band_rows];
-    Running state[band_rows];
+    uint32_t* q[2 * band_rows];
+    Running state[2 * band_rows];
     BandColumns columns(call, band);
-    for (int64_t r = 0; r < band.count; ++r) {
-        q[r] = reinterpret_cast<uint32_t*>(room(key_floats));
-        state[r].whole = {room(tile), room(tile), room(tile * value_wide)};
-        state[r].group = {room(tile), room(tile), room(tile * value_wide)};
-        const Columns& mine = columns.of[r];
-        state[r].begin(call, band.head, mine.rows);
-        lay_pairs(pair_rows(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, ready[0].key_rows, false),
-                  mine.rows, dim, negative, q[r]);
+    const int64_t halves = 2 * band.count;
+    for (int64_t h = 0; h < halves; ++h) {
+        q[h] = reinterpret_cast<uint32_t*>(room(key_floats / 2));
+        state[h].whole = {room(half), room(half), room(half * value_wide)};
+        state[h].group = {room(half), room(half), room(half * value_wide)};
+        state[h].step = half;
+        const int64_t first_row = band.first * tile + h * half, rows = least(call.queries - first_row, half);
+        if (rows <= 0) break;
+        state[h].begin(call, band.head, rows);
+        lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, ready[0].key_rows, false), rows, dim,
+                  negative, q[h], half);
     }
 
     const PairUnit unit;
@@ -152,7 +149,7 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
             to.keys = keys_at(call, band.batch, first_key);
             to.k = pair_rows(call, call.k, band.batch, key_head, first_key, to.keys, dim, to.key_rows, call.pages);
             turn_pairs(call, call.v, band.batch, key_head, first_key, to.keys, value_dim, to.turned, call.pages);
-            to.finite = finite_pairs(to.turned, value_dim * tile);
+            to.finite = -1;
         }
         return prepared > 0;
     };
@@ -175,57 +172,55 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     };
     const auto score = [&](const Visit& of) {
         const Prepared& with = ready[of.c];
-        pair_products(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.r] + of.first, blocks(dim, 32),
-                      blocks(of.rows, lanes), scores + of.first, false);
+        pair_products<half>(with.k.data, blocks(with.keys, 16), with.k.stride, q[of.h()], blocks(dim, 32),
+                            blocks(of.rows, lanes), scores, false);
     };
-    bool fresh[band_rows] = {};  // whether this tile is the first of its group
     while (prepare()) {
         Visit visit{0, -1, half, 0, {}};
         bool more = advance(visit);
         if (more) score(visit);
         while (more) {
             const Visit now = visit;
-            const Prepared& with = ready[now.c];
+            Prepared& with = ready[now.c];
             const int64_t keys = with.keys, active = blocks(now.rows, lanes), first_key = with.column * tile;
             const Place at{band.batch, band.head, now.mine.first_row + now.first, now.rows, first_key, keys};
-            Running& running = state[now.r];
-            if (now.first == 0) fresh[now.r] = running.next(value_wide);
-            const bool first = fresh[now.r];
-            const State mine{running.group.base + now.first, running.group.total + now.first, running.group.out + now.first};
-            float *here = scores + now.first, *less = shrink + now.first;
-            uint32_t* given = pairs + now.first;
-            if (adjusted) adjust(call, at, scale, active, here, nullptr);
+            Running& running = state[now.h()];
+            const bool first = running.next(value_wide);
+            const State& mine = running.group;
+            if (adjusted) adjust(call, at, scale, active, scores, nullptr, half);
             uint64_t seen[tile];
             const bool masked = now.mine.hides(seen);
-            if (masked) hide(here, seen, keys, active, now.first);
-            const bool guarded = (masked || call.bias || call.threshold) && !with.finite;
+            if (masked) hide(scores, seen, keys, active, now.first, half);
+            const bool guarded = (masked || call.bias || call.threshold) && !with.has_finite(value_dim);
             bool raised;
             if (guarded || call.threshold) {
-                raised = weigh_all(here, keys, active, binary, mine, less);
-                if (call.threshold) drop(call, at, active, here);
-                pair_up(here, keys, active, given);
+                raised = weigh_all(scores, keys, active, binary, mine, shrink, half);
+                if (call.threshold) drop(call, at, active, scores, half);
+                pair_up(scores, keys, active, pairs, half);
             } else {
-                raised = weigh_all_pairs(here, keys, active, binary, mine, less, given);
+                raised = active == 2 ? weigh_pairs<2>(scores, keys, binary, mine, shrink, pairs)
+                                     : weigh_pairs<1>(scores, keys, binary, mine, shrink, pairs);
             }
             if (guarded) {
-                if (first && now.first == 0) running.zero(value_wide);
+                if (first) running.zero(value_wide);
                 const Rows v = values_of(call, band.batch, key_head, first_key, keys, wide_v);
-                guarded_products(v, value_dim, here, keys, active, mine.out, less);
+                guarded_products(v, value_dim, scores, keys, active, mine.out, shrink, half);
             } else if (raised && !first) {
                 for (int64_t d = 0; d < value_dim; ++d)
                     for (int64_t n = 0; n < active * lanes; n += lanes) {
-                        float* place = mine.out + d * tile + n;
-                        store(place, load(place) * load(less + n));
+                        float* place = mine.out + d * half + n;
+                        store(place, load(place) * load(shrink + n));
                     }
             }
             more = advance(visit);
             if (more) score(visit);
             if (!guarded)
-                pair_products(with.turned, value_wide / 16, tile, given, blocks(keys, 32), active, mine.out, !first);
+                pair_products<half>(with.turned, value_wide / 16, tile, pairs, blocks(keys, 32), active, mine.out, !first);
         }
     }
-    for (int64_t r = 0; r < band.count; ++r)
-        leave(call, band.batch, band.head, columns.of[r].first_row, columns.of[r].rows, state[r].end(value_wide), shrink,
-              row_scratch);
+    for (int64_t h = 0; h < halves; ++h) {
+        const int64_t first_row = band.first * tile + h * half, rows = least(call.queries - first_row, half);
+        if (rows > 0) leave(call, band.batch, band.head, first_row, rows, state[h].end(value_wide), shrink, row_scratch, half);
+    }
 }
 #endif

@@ -476,11 +476,10 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
             const int64_t to = row * padding + t, of = (band.batch * call.heads + head) * call.queries + first;
             const Rows d_rows = rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a);
             const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
-            rows_ready(g, of, count, d_rows, out_rows, {nullptr, nullptr, lse + to, lse_rest + to, delta + to});
+            rows_ready(g, of, count, d_rows, out_rows, {nullptr, nullptr, lse + to, lse_rest + to, delta + to, nullptr});
             for (int64_t n = 0; n < count; ++n) delta[to + n] = same_dot(d_rows, out_rows, n, call.value_dim) - (g.d_lse ? g.d_lse[of + n] : 0);
         }
-    std::atomic<int64_t>* passed = g.passed + (band.batch * call.key_heads + key_head) * turns;
-    int64_t done = 0;
+    Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
     Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
         const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
@@ -516,8 +515,7 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
                 gathered_scatter(piece.scores, rows, d_mine, dv_at, picked.count, value_wide);
             }
         }
-        passed[turn].store(at, std::memory_order_release);
-        wait_for(passed, turn, at, done);
+        in_turn.come(at);
         const int64_t place = (band.batch * call.key_heads + key_head) * call.keys;
         for (int64_t key = first_key; key < end_key; ++key) {
             const int64_t n = key - first_key;
@@ -527,7 +525,7 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
             add_rows(g.dv + (place + key) * call.value_dim, dv + n * value_wide, 1, call.value_dim, 1);
         }
     }
-    passed[turn].store(INT64_MAX, std::memory_order_release);
+    in_turn.end();
     for (int64_t n = 0; n < band.count * rows; ++n) {
         const int64_t row = (band.batch * call.heads + band.head * rows + n % rows) * call.queries + band.first + n / rows;
         add_rows(g.dq + row * call.dim, dq + n * wide, 1, call.dim, call.scale);

@@ -22,6 +22,7 @@ struct GatherUnit {
             shape.bytes[n] = static_cast<uint16_t>(n < 4 || n == 5 ? 4 * rows : 64);
             shape.rows[n] = static_cast<uint8_t>(n < 6 ? 16 : rows);
         }
+        written();
         _tile_loadconfig(&shape);
     }
     ~GatherUnit() { _tile_release(); }
@@ -88,6 +89,7 @@ static void picked_scores(const Call& call, int64_t place, const Picked& picked,
         }
         memset(to + count * stride, 0, static_cast<size_t>(2 * (16 - count) * stride));
     }
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -213,6 +215,7 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 store(total + t * lanes, load(total + t * lanes) + sum);
                 turn_weights<rows>(scores, weights);
                 const bool both = picked.count > 32;
+                written();
                 for (int64_t d = 0; d < value_wide; d += 16) {
                     _tile_zero(6);
                     _tile_loadd(7, weights, 2 * tile);

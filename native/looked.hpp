@@ -132,8 +132,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
         q[r] = room(tile * dim);
         lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, sign, q[r]);
     }
-    std::atomic<int64_t>* passed = looked.passed + (band.batch * call.heads + band.head) * turns;
-    int64_t done = 0;
+    Turn in_turn{looked.passed + (band.batch * call.heads + band.head) * turns, turn, 0};
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
         const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
@@ -164,10 +163,9 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
             }
             mine.next();
         }
-        passed[turn].store(column, std::memory_order_release);
-        wait_for(passed, turn, column, done);
+        in_turn.come(column);
         float* received = looked.received + (band.batch * call.heads + band.head) * call.keys + first_key;
         for (int64_t key = 0; key < keys; ++key) received[key] += sum_of(load(sums + key * lanes));
     }
-    passed[turn].store(INT64_MAX, std::memory_order_release);
+    in_turn.end();
 }

@@ -12,6 +12,9 @@ static inline int64_t blocks(int64_t count, int64_t size) { return (count + size
 
 #if defined(FOVEATE_AMX)
 
+// What was written is in memory when the matrix unit reads it: g++ does not know that its instructions read there.
+static inline void written() { asm volatile("" ::: "memory"); }
+
 // Eight tiles of 16 rows of 64 bytes; released at the end, or every switch of threads would have to save them.
 struct PairUnit {
     PairUnit() {
@@ -23,19 +26,20 @@ struct PairUnit {
         memset(&shape, 0, sizeof shape);
         shape.palette = 1;
         for (int n = 0; n < 8; ++n) shape.bytes[n] = 64, shape.rows[n] = 16;
+        written();
         _tile_loadconfig(&shape);
     }
     ~PairUnit() { _tile_release(); }
 };
 
-template <bool second_row, bool second_column>
+template <bool second_row, bool second_column, int64_t step>
 static inline void pair_square(const uint16_t* a, int64_t a_row, const uint32_t* b, int64_t inner, float* out, bool add) {
-    constexpr int64_t down = 16 * tile;
+    constexpr int64_t down = 16 * step;
     if (add) {
-        _tile_loadd(0, out, 4 * tile);
-        if (second_column) _tile_loadd(1, out + 16, 4 * tile);
-        if (second_row) _tile_loadd(2, out + down, 4 * tile);
-        if (second_row && second_column) _tile_loadd(3, out + down + 16, 4 * tile);
+        _tile_loadd(0, out, 4 * step);
+        if (second_column) _tile_loadd(1, out + 16, 4 * step);
+        if (second_row) _tile_loadd(2, out + down, 4 * step);
+        if (second_row && second_column) _tile_loadd(3, out + down + 16, 4 * step);
     } else {
         _tile_zero(0);
         if (second_column) _tile_zero(1);
@@ -44,10 +48,10 @@ static inline void pair_square(const uint16_t* a, int64_t a_row, const uint32_t*
     }
     for (int64_t j = 0; j < inner; ++j) {
         _tile_loadd(4, a + j * 32, 2 * a_row);
-        _tile_loadd(6, b + j * 16 * tile, 4 * tile);
+        _tile_loadd(6, b + j * 16 * step, 4 * step);
         _tile_dpbf16ps(0, 4, 6);
         if (second_column) {
-            _tile_loadd(7, b + j * 16 * tile + 16, 4 * tile);
+            _tile_loadd(7, b + j * 16 * step + 16, 4 * step);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (second_row) {
@@ -56,27 +60,29 @@ static inline void pair_square(const uint16_t* a, int64_t a_row, const uint32_t*
             if (second_column) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, out, 4 * tile);
-    if (second_column) _tile_stored(1, out + 16, 4 * tile);
-    if (second_row) _tile_stored(2, out + down, 4 * tile);
-    if (second_row && second_column) _tile_stored(3, out + down + 16, 4 * tile);
+    _tile_stored(0, out, 4 * step);
+    if (second_column) _tile_stored(1, out + 16, 4 * step);
+    if (second_row) _tile_stored(2, out + down, 4 * step);
+    if (second_row && second_column) _tile_stored(3, out + down + 16, 4 * step);
 }
 
-// `rows`, `inner` and `width` in blocks.
+// `rows`, `inner` and `width` in blocks; `step` from one row of b or out to the next.
+template <int64_t step = tile>
 static void pair_products(const uint16_t* a, int64_t rows, int64_t a_row, const uint32_t* b, int64_t inner, int64_t width,
                           float* out, bool add) {
+    written();
     for (int64_t n = 0; n < width; n += 2)
         for (int64_t i = 0; i < rows; i += 2) {
             const uint16_t* from = a + i * 16 * a_row;
-            float* to = out + i * 16 * tile + n * 16;
+            float* to = out + i * 16 * step + n * 16;
             if (i + 1 < rows && n + 1 < width)
-                pair_square<true, true>(from, a_row, b + n * 16, inner, to, add);
+                pair_square<true, true, step>(from, a_row, b + n * 16, inner, to, add);
             else if (i + 1 < rows)
-                pair_square<true, false>(from, a_row, b + n * 16, inner, to, add);
+                pair_square<true, false, step>(from, a_row, b + n * 16, inner, to, add);
             else if (n + 1 < width)
-                pair_square<false, true>(from, a_row, b + n * 16, inner, to, add);
+                pair_square<false, true, step>(from, a_row, b + n * 16, inner, to, add);
             else
-                pair_square<false, false>(from, a_row, b + n * 16, inner, to, add);
+                pair_square<false, false, step>(from, a_row, b + n * 16, inner, to, add);
         }
 }
 
@@ -87,17 +93,17 @@ struct PairUnit {
     ~PairUnit() {}
 };
 
-template <int count, int wide>
+template <int count, int wide, int64_t step>
 static inline void pair_product(const uint16_t* a, int64_t a_row, const uint32_t* b, int64_t inner, float* out, bool add) {
     Floats sum[count][wide];
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i)
 #pragma GCC unroll 4
-        for (int n = 0; n < wide; ++n) sum[i][n] = add ? load(out + i * tile + n * lanes) : Floats{};
+        for (int n = 0; n < wide; ++n) sum[i][n] = add ? load(out + i * step + n * lanes) : Floats{};
     for (int64_t j = 0; j < inner; ++j) {
         __m512bh column[wide];
 #pragma GCC unroll 4
-        for (int n = 0; n < wide; ++n) column[n] = (__m512bh)_mm512_loadu_si512(b + j * tile + n * lanes);
+        for (int n = 0; n < wide; ++n) column[n] = (__m512bh)_mm512_loadu_si512(b + j * step + n * lanes);
 #pragma GCC unroll 8
         for (int i = 0; i < count; ++i) {
             int32_t two;
@@ -113,20 +119,21 @@ static inline void pair_product(const uint16_t* a, int64_t a_row, const uint32_t
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i)
 #pragma GCC unroll 4
-        for (int n = 0; n < wide; ++n) store(out + i * tile + n * lanes, sum[i][n]);
+        for (int n = 0; n < wide; ++n) store(out + i * step + n * lanes, sum[i][n]);
 }
 
+template <int64_t step = tile>
 static void pair_products(const uint16_t* a, int64_t rows, int64_t a_row, const uint32_t* b, int64_t inner, int64_t width,
                           float* out, bool add) {
     int64_t n = 0;
     for (; n + 4 <= width; n += 4) {
         int64_t i = 0;
-        for (; i + 6 <= rows * 16; i += 6) pair_product<6, 4>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * tile + n * 16, add);
-        for (; i + 2 <= rows * 16; i += 2) pair_product<2, 4>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * tile + n * 16, add);
+        for (; i + 6 <= rows * 16; i += 6) pair_product<6, 4, step>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * step + n * 16, add);
+        for (; i + 2 <= rows * 16; i += 2) pair_product<2, 4, step>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * step + n * 16, add);
     }
     for (; n < width; ++n)
         for (int64_t i = 0; i < rows * 16; i += 8)
-            pair_product<8, 1>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * tile + n * 16, add);
+            pair_product<8, 1, step>(a + i * a_row, a_row, b + n * 16, inner * 16, out + i * step + n * 16, add);
 }
 
 #endif
@@ -164,8 +171,8 @@ static PairRows pair_rows(const Call& call, const View& view, int64_t batch, int
     return {scratch, stride};
 }
 
-// Rows into lanes: pair j of row r becomes out[j · tile + r]. A whole number of blocks of rows and pairs can be read.
-static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool negative, uint32_t* out) {
+// Rows into lanes: pair j of row r becomes out[j · step + r]. A whole number of blocks of rows and pairs can be read.
+static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool negative, uint32_t* out, int64_t step = tile) {
     const Ints sign = Ints{} + (negative ? static_cast<int32_t>(0x80008000u) : 0);
     for (int64_t r = 0; r < blocks(count, 16) * 16; r += 16)
         for (int64_t j = 0; j < blocks(dim, 32); ++j) {
@@ -176,7 +183,7 @@ static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool neg
             }
             flip(square);
             for (int lane = 0; lane < lanes; ++lane)
-                store(reinterpret_cast<float*>(out + (j * 16 + lane) * tile + r), square[lane]);
+                store(reinterpret_cast<float*>(out + (j * 16 + lane) * step + r), square[lane]);
         }
 }
 

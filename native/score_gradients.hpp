@@ -16,7 +16,7 @@ static TileScratch tile_scratch(const Call& call, char* scratch) {
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const int64_t widest = most(padded(call.dim), padded(call.value_dim));
     TileScratch found{room(tile * tile), room(tile * tile), room(tile * tile), room(tile * widest), room(tile * widest), {}};
-    found.ready = ready_at(call, next);
+    found.ready = ready_at(call, next, false);
     return found;
 }
 
@@ -25,7 +25,11 @@ static const float* one_tile(const Gradients& g, int64_t batch, int64_t head, in
                              bool same_rows, const TileScratch& scratch) {
     const Call& call = g.call;
     Columns mine = columns_of(call, batch, head, row_tile);
-    if (!same_rows) make_ready(g, batch, head, mine.first_row, mine.rows, scratch.ready, scratch.wide_k, scratch.wide_v);
+    if (!same_rows) {
+        make_ready(g, batch, head, mine.first_row, mine.rows, scratch.ready, scratch.wide_k, scratch.wide_v);
+        const float* deltas = g.deltas + (batch * call.heads + head) * call.queries + mine.first_row;
+        memcpy(scratch.ready.delta, deltas, sizeof(float) * static_cast<size_t>(mine.rows));
+    }
     mine.seek(column);
     if (mine.done() || mine.column() != column) return nullptr;
     const int64_t first_key = column * tile, keys = keys_at(call, batch, first_key);

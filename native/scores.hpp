@@ -79,14 +79,16 @@ static void lay(const Rows& rows, int64_t count, int64_t dim, float factor, floa
 }
 
 // The opposite, times a factor for each row: one row of `dim` numbers at a time, given to `take(row, numbers)`.
+// In this file `step` is how far one vector of rows is from the next.
 template <typename Take>
-static void unlay(const float* columns, int64_t count, int64_t dim, const float* factors, float* row_scratch, Take take) {
+static void unlay(const float* columns, int64_t count, int64_t dim, const float* factors, float* row_scratch, Take take,
+                  int64_t step = tile) {
     const int64_t padded = (dim + lanes - 1) / lanes * lanes;
     for (int64_t r = 0; r < count; r += lanes) {
         for (int64_t d = 0; d < dim; d += lanes) {
             Floats square[lanes];
             for (int lane = 0; lane < lanes; ++lane)
-                square[lane] = d + lane < dim ? load(columns + (d + lane) * tile + r) * load(factors + r) : Floats{};
+                square[lane] = d + lane < dim ? load(columns + (d + lane) * step + r) * load(factors + r) : Floats{};
             flip(square);
             for (int lane = 0; lane < lanes; ++lane) store(row_scratch + lane * padded + d, square[lane]);
         }
@@ -114,7 +116,8 @@ struct Place {
 constexpr float lowest = -1073741824.0f;
 
 // Scaled, capped and biased scores of a tile, for rows in the lanes; `slopes`: what the cap lets through of a gradient.
-static void adjust(const Call& call, const Place& at, float scale, int64_t active, float* scores, float* slopes) {
+static void adjust(const Call& call, const Place& at, float scale, int64_t active, float* scores, float* slopes,
+                   int64_t step = tile) {
     const float* distances = call.distances;
     if (distances)
         distances += at.batch * call.distance_batch + at.head * call.distance_head + call.keys - 1 + at.first_row;
@@ -124,12 +127,12 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
         bias += at.batch * strides[0] + at.head * strides[1] + at.first_row * row_step + at.first_key * key_step;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
         for (int64_t key = 0; key < at.keys; ++key) {
-            float* place = scores + key * tile + n;
+            float* place = scores + key * step + n;
             Floats score = load(place) * spread(scale);
             if (call.softcap != 0) {
                 const Floats bent = tangent(score / spread(call.softcap));
                 score = spread(call.softcap) * bent;
-                if (slopes) store(slopes + key * tile + n, spread(1.0f) - bent * bent);
+                if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
             }
             if (distances) score += load(distances + n - at.first_key - key);
             store(place, score);
@@ -154,7 +157,7 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
                 }
             }
             for (int64_t key = first; key < least(first + lanes, at.keys); ++key) {
-                float* place = scores + key * tile + n;
+                float* place = scores + key * step + n;
                 const Floats added = square[key - first];  // −inf hides, whatever the score is
                 store(place, added == spread(-INFINITY) ? added : larger(spread(lowest), load(place) + added));
             }
@@ -163,10 +166,10 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
 }
 
 // −inf where a row does not see a key: `seen` has a bit for each row, the lanes begin at row `from`.
-static void hide(float* scores, const uint64_t* seen, int64_t keys, int64_t active, int64_t from = 0) {
+static void hide(float* scores, const uint64_t* seen, int64_t keys, int64_t active, int64_t from = 0, int64_t step = tile) {
     for (int64_t key = 0; key < keys; ++key)
         for (int64_t n = 0; n < active * lanes; n += lanes) {
-            float* place = scores + key * tile + n;
+            float* place = scores + key * step + n;
             store(place, pick(seen[key] >> (n + from), load(place), spread(-INFINITY)));
         }
 }
@@ -186,13 +189,13 @@ static inline void dropped(const Call& call, const Place& at, int64_t key, int64
         factors[word] = words[word] >= Words{} + static_cast<uint32_t>(call.threshold) ? spread(call.boost) : Floats{};
 }
 
-static void drop(const Call& call, const Place& at, int64_t active, float* weights) {
+static void drop(const Call& call, const Place& at, int64_t active, float* weights, int64_t step = tile) {
     for (int64_t n = 0; n < active * lanes; n += lanes)
         for (int64_t key = 0; key < at.keys; key += 4) {
             Floats factors[4];
             dropped(call, at, key, n, factors);
             for (int64_t more = 0; more < least(4, at.keys - key); ++more) {
-                float* place = weights + (key + more) * tile + n;
+                float* place = weights + (key + more) * step + n;
                 store(place, load(place) * factors[more]);
             }
         }

@@ -91,7 +91,7 @@ static Columns columns_of(const Call& call, int64_t batch, int64_t head, int64_t
 }
 
 // The tiles of rows of a band, and the next column that any of them visits.
-constexpr int band_rows = 4;
+constexpr int band_rows = 16;
 
 struct BandColumns {
     Columns of[band_rows];

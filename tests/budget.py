@@ -15,6 +15,7 @@ from foveate.score import Score, parse
 from foveate.softmax import reference
 
 Run = Callable[[Problem], Result]
+Axes = tuple[int, ...]
 
 
 def plain_torch(call: Problem) -> Result:
@@ -79,22 +80,29 @@ def cast(call: Problem, dtype: torch.dtype, *, gradients: bool) -> tuple[Problem
     return replace(call, q=q, k=k, v=v, score=score), leaves
 
 
-def results(run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> list[Tensor | None]:
-    """out, lse (if there is one), and the gradients of a fixed random sum of both."""
+def results(
+    run: Run, call: Problem, dtype: torch.dtype, *, gradients: bool = True, alike: Axes = ()
+) -> list[Tensor | None]:
+    """out, lse (if there is one), and the gradients of a fixed random sum of both.
+
+    Along the axes `alike` the gradient of the output is one number with a stride of 0, as that of a sum is.
+    """
     call, leaves = cast(call, dtype, gradients=gradients)
     result = run(call)
     found: list[Tensor | None] = [result.out.detach(), None if result.lse is None else result.lse.detach()]
     if gradients:
         # Eighths are exact in every dtype, so all runs differentiate the same function.
         generator = torch.Generator().manual_seed(7)
+        shape = result.out.shape
         d_out, d_lse = (
-            (torch.randint(-8, 9, shape, generator=generator) / 8).to(result.out.device)
-            for shape in (result.out.shape, result.out.shape[:3])
+            (torch.randint(-8, 9, size, generator=generator) / 8).to(result.out.device)
+            for size in ([1 if axis in alike else size for axis, size in enumerate(shape)], shape[:3])
         )
-        total = (result.out * d_out.to(result.out.dtype)).sum()
+        outputs, given = [result.out], [d_out.to(result.out.dtype).expand(shape)]
         if call.needs_lse and result.lse is not None:
-            total = total + torch.where(result.lse.isinf(), 0, result.lse * d_lse.to(result.lse.dtype)).sum()
-        found += torch.autograd.grad(total, leaves, allow_unused=True)
+            outputs.append(result.lse)
+            given.append(d_lse.to(result.lse.dtype).masked_fill(result.lse.isinf(), 0))
+        found += torch.autograd.grad(outputs, leaves, given, allow_unused=True)
     return found
 
 
@@ -105,18 +113,18 @@ class Budget:
     settle it, it is the largest over eight.
     """
 
-    def __init__(self, call: Problem, dtype: torch.dtype, *, gradients: bool = True) -> None:
+    def __init__(self, call: Problem, dtype: torch.dtype, *, gradients: bool = True, alike: Axes = ()) -> None:
         self.call, _ = cast(call, dtype, gradients=False)  # the truth is about the same rounded inputs
-        self.dtype, self.gradients = dtype, gradients
-        self.truth = results(reference.run, self.call, torch.float64, gradients=gradients)
+        self.dtype, self.gradients, self.alike = dtype, gradients, alike
+        self.truth = results(reference.run, self.call, torch.float64, gradients=gradients, alike=alike)
         self.losses = [0.0] * len(self.truth)
         self.draws = 0
 
     def check(self, run: Run) -> None:
         """Assert that `run` loses no more than the allowed multiple of what plain torch does."""
-        found = results(run, self.call, self.dtype, gradients=self.gradients)
+        found = results(run, self.call, self.dtype, gradients=self.gradients, alike=self.alike)
         while any(complaints := self._complaints(found)) and self.draws < 8:
-            more = _losses(self.call, self.draws, self.dtype, self.gradients)
+            more = _losses(self.call, self.draws, self.dtype, self.gradients, self.alike)
             self.losses = [max(pair) for pair in zip(self.losses, more, strict=True)]
             self.draws += 1
         if any(complaints):
@@ -136,12 +144,12 @@ def _names(count: int) -> list[str]:
     return [*("out", "lse", "dq", "dk", "dv"), *(f"d tensor {n}" for n in range(count))][:count]
 
 
-def _losses(call: Problem, draw: int, dtype: torch.dtype, gradients: bool) -> list[float]:
+def _losses(call: Problem, draw: int, dtype: torch.dtype, gradients: bool, alike: Axes) -> list[float]:
     """What plain torch loses of each result: for q, k, v as they are, then for ones of the same distribution."""
     if draw:
         call = replace(call, q=call.q.roll(draw, 2), k=call.k.roll(-draw, 2), v=call.v.roll(2 * draw, 2))
-    truth = results(reference.run, call, torch.float64, gradients=gradients)
-    plain = results(plain_torch, call, dtype, gradients=gradients)
+    truth = results(reference.run, call, torch.float64, gradients=gradients, alike=alike)
+    plain = results(plain_torch, call, dtype, gradients=gradients, alike=alike)
     return [
         0.0 if true is None or mine is None else _furthest(mine, true) for true, mine in zip(truth, plain, strict=True)
     ]

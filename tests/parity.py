@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from families import Inputs, flat, sharpened, top_weight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import foveate as fv
@@ -177,7 +178,7 @@ def _recorded(model: nn.Module, lists: Any) -> Iterator[list[tuple[str, Tensor]]
 def _written(theirs: nn.Module) -> dict[str, Tensor]:
     """Their gradients by the names, and in the shapes, in which Hugging Face writes the parameters."""
     found = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    return dict(revert_weight_conversion(theirs, found))
+    return dict(revert_weight_conversion(theirs, found)) if isinstance(theirs, PreTrainedModel) else found
 
 
 def _gradients(model: nn.Module) -> dict[str, tuple[Tensor | None, list[str]]]:

@@ -20,7 +20,7 @@ from torch import nn
 import foveate as fv
 from foveate import checkpoints, tensorfiles
 from foveate.bench.memory import peak, start
-from foveate.models import gpt2, llama
+from foveate.models import dit, gpt2, llama
 
 CONFIG = gpt2.Config(vocabulary=13, positions=11, dim=6, layers=2, heads=2, hidden=10)
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -411,11 +411,22 @@ def test_new_weights_take_the_place_of_the_old_ones(first: int, second: int, tmp
     assert (target / "tokenizer.json").read_text() == (target / "model-of-mine.safetensors").read_text() == "kept"
 
 
-@pytest.mark.parametrize(("first", "second"), [(10**9, 600), (600, 10**9), (600, 600), (10**9, 10**9)])
+def made_for_diffusers() -> nn.Module:
+    torch.manual_seed(0)
+    return dit.ClassToImage(dit.Config(image=4, heads=1, head_dim=8, layers=1, classes=3)).eval()
+
+
+SAVES = [
+    *[(made, *sizes) for sizes in ((10**9, 600), (600, 10**9), (600, 600), (10**9, 10**9))],
+    *[(made_for_diffusers, *sizes) for sizes in ((10**9, 9000), (9000, 10**9))],
+]
+
+
+@pytest.mark.parametrize(("make", "first", "second"), SAVES)
 def test_an_interrupted_save_leaves_the_old_model_or_the_new_one(
-    first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = made(), made()
+    old, new = make(), make()
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.add_(1)

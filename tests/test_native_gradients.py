@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import Budget, Run
+from budget import Budget, Run, cast, plain_torch, results
 from kernels import DTYPES, KERNELS, derived, normal, on
 from test_laws import make_problem
 from torch import Tensor
@@ -104,6 +104,31 @@ def test_only_a_score_that_wants_a_gradient_gets_one(which: str) -> None:
         result = on()(problem(q, k, v, call.pattern, score=score + fv.sinks(leaves["sinks"]), needs_lse=True))
         grads.append(torch.autograd.grad(result.out.sum() + result.lse.sum(), leaves[which])[0])
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("start", [None, 5000])
+@pytest.mark.parametrize("score", ["alibi", "relative_bias", "bias"])
+def test_what_collects_from_many_keys_of_a_row_collects_no_common_error(score: str, start: int | None) -> None:
+    """The gradients of a row's scores sum to 0, and a slope multiplies them by distances: an error of δ, which is the
+    same for every key of the row, would add up, by the distance of a query that stands far behind.
+    """
+    made = {
+        "alibi": fv.alibi(normal(6).abs() / 50), "relative_bias": fv.relative_bias(normal(3, 6)),
+        "bias": fv.bias(normal(1, 6, 1, 149)),
+    }  # fmt: skip
+    call = make_problem("everything", "none")
+    call = problem(call.q, call.k, call.v, score=made[score], query_start=start)
+    for dtype in DTYPES:
+        truth, plain = (
+            results(run, cast(call, dtype, gradients=False)[0], of)[-1]
+            for run, of in ((reference.run, torch.float64), (plain_torch, dtype))
+        )
+        assert truth is not None
+        assert plain is not None
+        for kernel in KERNELS:
+            found = results(on(kernel), call, dtype)[-1]
+            assert found is not None
+            assert (found - truth).square().mean().sqrt() <= 2 * (plain - truth).square().mean().sqrt(), kernel
 
 
 @pytest.mark.parametrize("expanded", ["sum", "by row", "by head"])

@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +65,32 @@ def test_what_was_looked_at_has_the_same_bits() -> None:
             first = native.looked(call, 7, kernel, 1)
             for threads in COUNTS:
                 assert same_bits(list(native.looked(call, 7, kernel, threads)), list(first)), f"{kernel} on {threads}"
+
+
+SHORT = """
+import os, torch
+import foveate as fv
+torch.set_num_threads(2)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def train(length):
+    q, k, v = (torch.empty(1, 2, length, 16).fill_(0.1 * n).requires_grad_() for n in range(3))
+    bias = torch.zeros(1, 2, 1, length).requires_grad_()
+    for queries in (length, 1):
+        out = fv.attention(q[:, :, :queries], k, v, fv.causal, score=fv.bias(bias), backend="native")
+        torch.autograd.grad(out, (q, k, v, bias), torch.ones(1).expand_as(out))
+alone = threads()
+train(48)
+few = threads()
+train(700)
+print(few - alone, threads() - few)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_short_call_wakes_no_thread_and_a_long_one_does() -> None:
+    done = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0", "1"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

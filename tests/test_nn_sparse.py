@@ -376,8 +376,8 @@ LONG_LAYERS = {
     "strided": "fv.nn.SelfAttention(64, 2, attend=fv.nn.Strided(128)), {}",
     "fixed": "fv.nn.SelfAttention(64, 2, attend=fv.nn.Fixed(128, split=True)), {}",
     "chunked": "fv.nn.ChunkedAttention(64, 2, layer=0, chunk=1024), {}",
-    "latent": "fv.nn.LatentAttention(64, 2, latent_dim=32, head_dim=16, rope_dim=16, value_dim=16), "
-    "{'pattern': fv.causal, 'absorbed': True}",
+    "latent": "fv.nn.LatentAttention(64, 2, latent_dim=32, query_latent_dim=None, head_dim=16, rope_dim=16, "
+    "value_dim=16), {'pattern': fv.causal, 'absorbed': True}",
     "linformer": "fv.nn.SelfAttention(64, 2, attend=fv.nn.Linformer(n, 64)), {}",
     "nystrom": "fv.nn.SelfAttention(64, 2, attend=fv.nn.Nystrom(2)), {}",
     "reformer": "fv.nn.ReformerAttention(64, 2, chunk=64), {}",

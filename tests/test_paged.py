@@ -87,6 +87,49 @@ def test_what_a_user_calls_gives_the_same(backend: str) -> None:
     assert not found[0].any()  # a row without a key
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    q, pages = normal(2, 8, 1, 64, dtype=dtype), normal(600, 2, 16, 64, seed=1, dtype=dtype)
+    table, lengths = (
+        torch.randperm(600, generator=torch.Generator().manual_seed(2)).view(2, 300),
+        torch.tensor([4800, 3001]),
+    )
+    found = []
+    for threads in (1, 2, 3, 8, 1):
+        torch.set_num_threads(threads)
+        try:
+            found.append(fv.paged_attention(q, pages, pages, table, lengths, backend="native"))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages_that_begin_anywhere_and_lie_anyhow(dtype: torch.dtype) -> None:
+    """Odd addresses, a last stride that is not 1, one page for all: copied or read, never misread."""
+    q, k, v = normal(2, 4, 1, 64, dtype=dtype), *(normal(5, 2, 16, 64, seed=n, dtype=dtype) for n in (1, 2))
+    table, lengths = torch.tensor([[4, 0], [2, 3]]), torch.tensor([20, 32])
+    truth = fv.paged_attention(q, k, v, table, lengths, backend="native")
+
+    def odd(x: Tensor) -> Tensor:
+        raw = bytearray(1) + bytearray(x.contiguous().view(torch.uint8).numpy().tobytes())
+        return torch.frombuffer(raw, dtype=x.dtype, offset=1).view(x.shape)
+
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (
+        odd,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    for change in changes:
+        wide = torch.stack([table, table], -1)[..., 0]
+        found = fv.paged_attention(change(q), change(k), change(v), wide, odd(lengths), backend="native")
+        assert torch.equal(found, truth)
+    shared = fv.paged_attention(
+        q, k[:1].expand(5, -1, -1, -1), v[:1].expand(5, -1, -1, -1), table, lengths, backend="native"
+    )
+    assert torch.equal(shared, fv.paged_attention(q, k, v, torch.zeros_like(table), lengths, backend="native"))
+
+
 def test_other_dtypes_are_brought_together() -> None:
     q, pages = normal(1, 4, 1, 8).double(), normal(3, 2, 16, 8).double()
     table, lengths = torch.tensor([[2, 0]]), torch.tensor([20])

@@ -11,7 +11,7 @@ from making.filling import filled
 
 def own_models() -> str:
     """The page of our own models, with what each file opens and the versions that it was compared with."""
-    lines = ["| file | `model_type` | modules | presets |", "|:--|:--|:--|:--|"]
+    lines = ["| file | `model_type`, or the class of diffusers | modules | presets |", "|:--|:--|:--|:--|"]
     for file in sorted(set(FAMILIES.values())):
         kinds = [kind for kind, home in FAMILIES.items() if home == file]
         made = {module for kind in kinds for module in formats(kind)[kind].architectures.values()}
@@ -21,7 +21,7 @@ def own_models() -> str:
             modules = f"those of `{homes.pop()}.py`"
         presets = importlib.import_module(f"foveate.models.{file}").PRESETS
         lines.append(f"| `{file}.py` | {_code(kinds)} | {modules} | {_code(presets)} |")
-    versions = {package: version(package).partition("+")[0] for package in ("transformers", "torch")}
+    versions = {package: version(package).partition("+")[0] for package in ("transformers", "diffusers", "torch")}
     return filled("models-of-our-own.md", table="\n".join(lines), **versions)
 
 

@@ -70,7 +70,7 @@ def _by_kernels(problem: Problem, k: int) -> Looked:
     indices, weights, rest, received, lse, entropy = native.looked(problem, k)
     batch, heads, queries, keys = problem.shape
     if problem.pattern is None:
-        watchers = torch.full((batch, heads, keys), queries)
+        watchers = torch.full((batch, heads, keys), queries, device=problem.q.device)
     else:
         summary = problem.pattern.summary(
             queries, keys, query_start=problem.query_start, batch=batch, heads=heads, tile=native.TILE
@@ -85,7 +85,7 @@ def _filled(indices: Tensor, keys: int) -> Tensor:
     if not bool(missing.any()):
         return indices
     few = min(2 * indices.shape[3], keys)
-    listed = torch.zeros(*indices.shape[:3], few + 1, dtype=torch.int8)
+    listed = torch.zeros(*indices.shape[:3], few + 1, dtype=torch.int8, device=indices.device)
     listed.scatter_(3, indices.where(~missing & (indices < few), few), 1)
     free = listed[..., :few].argsort(dim=3, stable=True)
     return free.gather(3, (missing.cumsum(3) - 1).clamp(min=0)).where(missing, indices)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from foveate.errors import InvalidInput, unknown_name
-from foveate.models import FAMILIES, formats
+from foveate.models import FAMILIES, formats, kind_of
 from foveate.naming import Entry, Format, Plan, config_from, config_to, generation_to, matches, plan
 from foveate.saving import CONFIG, GENERATION, write_folder
-from foveate.tensorfiles import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, Stored, Written, listed, read_json, stored_in
+from foveate.tensorfiles import DIFFUSERS, TRANSFORMERS, Stored, Written, listed, read_json, stored_in
 from foveate.values import whole
+
+PIPELINE = "model_index.json"  # of a folder of diffusers that has models in folders of its own
 
 
 def from_pretrained(
@@ -56,7 +58,7 @@ def from_pretrained(
         raise InvalidInput(f"dtype is {dtype!r}: wanted a floating-point torch.dtype, or None for what is stored")
     folder = _folder(path_or_id)
     form, architecture, config = _described(folder)
-    stored = stored_in(folder)
+    stored = stored_in(folder, form.files)
     with torch.random.fork_rng(devices=[]), _Hollow():
         model = form.architectures[architecture](config)
     wanted = plan(model, form)
@@ -89,14 +91,16 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_s
     wanted = plan(model, form)
     state = model.state_dict()
     tensors = {theirs: _made(entry, state) for theirs, entry in wanted.entries.items()}
-    written = config_to(form, model.config) | {"architectures": [architecture]}
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
-    if len(dtypes) == 1:
-        written["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    written = config_to(form, model.config)
+    if form.kind_key == "model_type":  # where the kind is the class, it says all
+        written["architectures"] = [architecture]
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
+        if len(dtypes) == 1:
+            written["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if target.is_dir():
         _check_free(target, form, architecture, model.config)
     settings = generation_to(form, model.config) if hasattr(model, "generate") else {}
-    write_folder(target, tensors, written, settings, shard_size)
+    write_folder(target, tensors, written, settings, shard_size, form.files)
 
 
 class _Hollow(TorchFunctionMode):
@@ -127,13 +131,14 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
             f"{name} is no folder here; to look for it on the hub: pip install huggingface_hub"
         ) from None
     try:
-        found = Path(snapshot_download(name, allow_patterns=[CONFIG, GENERATION, SINGLE, INDEX, "model-*.safetensors"]))
-        if not any((found / file).exists() for file in (SINGLE, INDEX)):
-            found = Path(
-                snapshot_download(
-                    name, allow_patterns=[CONFIG, GENERATION, SINGLE_BIN, INDEX_BIN, "pytorch_model-*.bin"]
-                )
-            )
+        both = TRANSFORMERS, DIFFUSERS
+        tensors = [name for files in both for name in (files.single, files.index, f"{files.stem}-*.safetensors")]
+        found = Path(snapshot_download(name, allow_patterns=[CONFIG, GENERATION, *tensors]))
+        if not any((found / name).exists() for files in both for name in (files.single, files.index)):
+            pickled = [
+                name for files in both for name in (files.single_bin, files.index_bin, f"{files.stem_bin}-*.bin")
+            ]
+            found = Path(snapshot_download(name, allow_patterns=[CONFIG, GENERATION, *pickled]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(f"{name} is no folder here, and the hub does not give it: {reason}") from None
@@ -142,10 +147,12 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
 
 def _described(folder: Path) -> tuple[Format, str, Any]:
     """What config.json says: the format of the family, the architecture, and the Config."""
+    if (folder / PIPELINE).is_file():
+        raise InvalidInput(f"{folder} is a pipeline of diffusers: wanted one of its parts, as {folder / 'transformer'}")
     if not (folder / CONFIG).is_file():
         raise InvalidInput(f"{folder} has no {CONFIG}: wanted a folder that save_pretrained or Hugging Face wrote")
     found = read_json(folder / CONFIG)
-    kind = found.get("model_type")
+    kind = kind_of(found)
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise unknown_name("family", kind, FAMILIES)
     if found.get("quantization_config"):

@@ -111,8 +111,8 @@ def linear_problem(
         )
     if scale is None:
         scale = 1.0 if normalize or not q.shape[3] else 1 / math.sqrt(q.shape[3])  # under a normaliser it cancels
-    if not isinstance(scale, int | float):
-        raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
+    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
     resets, skipped = _documents(documents, k, causal)
     with without_autocast(q.device):
         if skipped is not None:  # what a skipped position holds never matters, not even to a feature's gradient

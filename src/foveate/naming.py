@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from foveate.errors import InvalidInput
+from foveate.tensorfiles import TRANSFORMERS, Files
 
 Names = Mapping[str, str | tuple[str, ...]]  # theirs → ours
 
@@ -33,7 +34,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Format:
-    """How Hugging Face writes one kind of model (its `model_type`).
+    """How Hugging Face writes one kind of model (its `model_type`, or the class that diffusers has for it).
 
     A head is a module whose attribute `body` is the base model. `names` are those of the base model alone, without
     `prefix`, which they have in a head's file; `heads` are what a head adds, in full.
@@ -56,6 +57,8 @@ class Format:
     older: Mapping[str, str] = field(default_factory=dict)  # how their names began in older files → as they begin now
     ignored: tuple[str, ...] = ()  # their names of tensors without meaning: old buffers, the heads of pretraining
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found  # from what older files say
+    kind_key: str = "model_type"  # in config.json: what says the kind
+    files: Files = TRANSFORMERS
 
 
 def prefixed(theirs: str, ours: str, names: Names) -> Names:
@@ -131,7 +134,8 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(_pattern(pattern), name) for pattern in patterns)
 
 
-NEVER = ("auto_map", "trust_remote_code", "torch_dtype", "dtype", "transformers_version", "model_type", "architectures")
+NEVER = ("auto_map", "trust_remote_code", "torch_dtype", "dtype", "transformers_version", "model_type", "architectures",
+         "_class_name", "_diffusers_version")  # fmt: skip
 
 
 def config_from(form: Format, kind: str, found: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
@@ -174,7 +178,7 @@ def config_to(form: Format, config: Any) -> dict[str, Any]:
     for name, value in form.implied.items():
         if getattr(config, name) != value:
             raise InvalidInput(f"{name} is {getattr(config, name)!r}: a {config.kind} has {value!r}")
-    written: dict[str, Any] = {"model_type": config.kind, **config.other}
+    written: dict[str, Any] = {form.kind_key: config.kind, **config.other}
     for name, key in form.fields.items():
         at, *path = key.split(".")[::-1]
         inner = written

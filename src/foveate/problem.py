@@ -140,8 +140,8 @@ def problem(
         raise InvalidInput(f"seed is {seed!r}: wanted a whole number of 64 bits, or None")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-    if not isinstance(scale, int | float):
-        raise InvalidInput(f"scale is {scale!r}: wanted a number, or None for dim^-½")
+    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
     return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse, rowwise)
 
 

@@ -7,7 +7,7 @@ holds no tensor. Every other call takes the long way.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from foveate.pattern.algebra import Pattern
 from foveate.problem import Problem, is_transformed
 
 Signature = tuple[Hashable, ...]
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _MOST = 4096
-_decided: dict[Signature, tuple[Implementation, Problem]] = {}
+_decided: dict[Signature, Call] = {}
 
 
 def signature(
@@ -36,7 +37,7 @@ def signature(
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
         return None
-    if is_transformed():
+    if is_transformed() or torch._C._len_torch_dispatch_stack():
         return None
     device = q.device
     if device.type == "meta" or torch.is_autocast_enabled(device.type):
@@ -51,11 +52,7 @@ def signature(
 def again(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """The output, if a call with this signature ran before."""
     known = _decided.get(key)
-    if known is None:
-        return None
-    chosen, like = known
-    call = Problem(q, k, v, like.pattern, None, like.scale, like.query_start, 0.0, None, False)
-    return chosen.run(call).out
+    return None if known is None else known(q, k, v)
 
 
 def remember(key: Signature, call: Problem, backend: str) -> None:
@@ -64,9 +61,14 @@ def remember(key: Signature, call: Problem, backend: str) -> None:
         return
     if len(_decided) >= _MOST:
         _decided.clear()
-    nothing = call.q.new_empty(0)
-    like = Problem(nothing, nothing, nothing, call.pattern, None, call.scale, call.query_start, 0.0, None, False)
-    _decided[key] = decide(call, backend), like
+    chosen = decide(call, backend)
+    direct: Callable[[Problem], Call | None] = getattr(chosen, "direct", lambda _: None)
+    _decided[key] = direct(call) or _the_long_way(chosen, call)
+
+
+def _the_long_way(chosen: Implementation, call: Problem) -> Call:
+    pattern, scale, start = call.pattern, call.scale, call.query_start
+    return lambda q, k, v: chosen.run(Problem(q, k, v, pattern, None, scale, start, 0.0, None, False)).out
 
 
 def forget() -> None:

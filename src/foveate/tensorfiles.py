@@ -23,9 +23,6 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -33,6 +30,38 @@ DTYPES = {
     "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a library calls the files of weights in a folder, without their endings."""
+
+    stem: str
+    stem_bin: str
+
+    @property
+    def single(self) -> str:
+        """All tensors in one file."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """Which of several files each tensor is in."""
+        return f"{self.stem}.safetensors.index.json"
+
+    @property
+    def single_bin(self) -> str:
+        """The same of pickled files."""
+        return f"{self.stem_bin}.bin"
+
+    @property
+    def index_bin(self) -> str:
+        """The same of pickled files."""
+        return f"{self.stem_bin}.bin.index.json"
+
+
+TRANSFORMERS = Files("model", "pytorch_model")
+DIFFUSERS = Files("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -45,13 +74,14 @@ class Stored:
     release: Callable[[], None] = lambda: None  # forget the pages that reading brought into memory
 
 
-def stored_in(folder: Path) -> dict[str, Stored]:
+def stored_in(folder: Path, files: Files = TRANSFORMERS) -> dict[str, Stored]:
     """Every tensor of a folder of weights by its name; nothing of their content is read yet."""
-    for name in (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN):
+    names = files.single, files.index, files.single_bin, files.index_bin
+    for name in names:
         path = folder / name
         if path.is_file():
-            return _sharded(path) if name in (INDEX, INDEX_BIN) else _one(path)
-    raise InvalidInput(f"{folder} has no weights: wanted {SINGLE}, {INDEX}, {SINGLE_BIN} or {INDEX_BIN} in it")
+            return _sharded(path) if name.endswith(".json") else _one(path)
+    raise InvalidInput(f"{folder} has no weights: wanted {', '.join(names[:3])} or {names[3]} in it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
 from foveate.primitives import readable
-from foveate.softmax.native import _DTYPES, NO_LISTS, _matrix, leads_backward, leads_forward
+from foveate.softmax.native import _DTYPES, ALL_TILES, NO_BIAS, _matrix, bare, leads_backward, leads_forward
 
 try:
     from foveate import _native
@@ -80,8 +80,7 @@ class _Seen:
     alive: tuple[Tensor, ...]
 
 
-_ALL_TILES, _NO_BIAS = (0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0)
-_EVERYTHING = _Seen(_ALL_TILES, -1, _NO_BIAS, ())
+_EVERYTHING = _Seen(ALL_TILES, -1, NO_BIAS, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ def plan(
 
 def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Seen:
     if causal:  # top-left: the first query stands at the first key
-        return _Seen(_ALL_TILES, 0, _NO_BIAS, ())
+        return _Seen(ALL_TILES, 0, NO_BIAS, ())
     return _EVERYTHING if mask is None else _by_mask(mask, queries, keys)
 
 
@@ -122,7 +121,7 @@ def _by_mask(mask: Tensor, queries: int, keys: int) -> _Seen:
             return _in_tiles(summarise_matrix(visible, queries, keys))
     bias = added(mask).float()
     b, h, row, key = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
-    return _Seen(_ALL_TILES, -1, (bias.data_ptr(), b, h, row, key), (bias,))
+    return _Seen(ALL_TILES, -1, (bias.data_ptr(), b, h, row, key), (bias,))
 
 
 def _only_hides(mask: Tensor) -> Tensor | None:
@@ -138,7 +137,7 @@ def _only_hides(mask: Tensor) -> Tensor | None:
 def _in_tiles(summary: Summary) -> _Seen:
     parts = tuple(x.contiguous() for x in (summary.offsets, summary.columns, summary.partial, summary.bits))
     offsets, columns, partial, bits = (x.data_ptr() for x in parts)
-    return _Seen((offsets, columns, partial, bits, summary.batch, summary.heads), -1, _NO_BIAS, parts)
+    return _Seen((offsets, columns, partial, bits, summary.batch, summary.heads), -1, NO_BIAS, parts)
 
 
 def compute(plan: Plan, scale: float | None, out: Tensor) -> Tensor:
@@ -164,14 +163,8 @@ def gradients(
 def _call(plan: Plan, scale: float | None, out: Tensor, lse: Tensor) -> tuple[object, ...]:
     """What the kernels take first, as `foveate.softmax.native` says it."""
     q, k, v, seen = plan.q, plan.k, plan.v, plan.seen
-    batch, heads, queries, dim = q.shape
-    _, key_heads, keys, value_dim = v.shape
-    return (
-        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
-        (batch, heads, key_heads, queries, keys, dim, value_dim), 1 / math.sqrt(dim) if scale is None else scale,
-        (0, 0, 0), 0.0, (0, 0, 0), seen.bias, 0, 0, 0.0, (0, 0, 0, -1, seen.right), seen.tiles, NO_LISTS, "",
-        torch.get_num_threads(),
-    )  # fmt: skip
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    return bare(q, k, v, out, lse, scale, (0, 0, 0, -1, seen.right), seen.tiles, seen.bias)
 
 
 def added(mask: Tensor) -> Tensor:

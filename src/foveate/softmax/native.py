@@ -7,7 +7,7 @@ heads without a repeated k or v, any strides with a unit last one. `native/` hol
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput, unsupported
 from foveate.pattern.crossing import cannot_cross, listed, tiles, written
 from foveate.pattern.lists import Lists
-from foveate.pattern.reach import reach
+from foveate.pattern.reach import Reach, reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.primitives import readable
@@ -179,8 +179,7 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     simple = reach(problem.pattern)
     held: Sequence[Tensor] = ()
     if simple is not None:
-        pattern, lengths = "", simple.lengths
-        left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
+        pattern, lengths, (left, right) = "", simple.lengths, _sides(simple)
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
@@ -188,6 +187,65 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
         held, tensors, starts, lengths, start, left, right, pattern, score, problem.scale, problem.dropout,
         problem.seed or 0, kernel, threads,
     )  # fmt: skip
+
+
+ALL_TILES, NO_BIAS = (0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0)
+
+
+def bare(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, reach_at: tuple[int, int, int, int, int],
+    tiles_at: tuple[int, int, int, int, int, int] = ALL_TILES, bias: tuple[int, int, int, int, int] = NO_BIAS,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What `_native.forward` takes of readable tensors, where nothing changes the scores but a bias tensor.
+
+    `reach_at`: where the starts of the batch rows lie (0: nowhere), the start of all, where their lengths lie, and how
+    far a query sees to the left and to the right.
+    """
+    batch, heads, queries, dim = q.shape
+    _, key_heads, keys, value_dim = v.shape
+    return (
+        _DTYPES[q.dtype], _matrix(q), _matrix(k), _matrix(v), _matrix(out), (lse.data_ptr(), 0),
+        (batch, heads, key_heads, queries, keys, dim, value_dim), scale, (0, 0, 0), 0.0, (0, 0, 0), bias, 0, 0, 0.0,
+        reach_at, tiles_at, NO_LISTS, "", torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def direct(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What `run` comes to for q, k, v like these, where no gradient is needed and a reach says all that is hidden."""
+    simple, start, scale = reach(problem.pattern), problem.query_start, problem.scale
+    if problem.score is not None or problem.dropout or problem.needs_gradient or isinstance(start, Tensor):
+        return None
+    if simple is None or simple.lengths is not None or not problem.q.numel() or not problem.v.numel():
+        return None
+    reach_at = 0, start, 0, *_sides(simple)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = readable(q), readable(k), readable(v)
+        out, lse = _new_out(q, v), _floats(q.shape[:3])  # named: the kernel writes to both
+        _native.forward(*bare(q, k, v, out, lse, scale, reach_at))
+        return out
+
+    return call
+
+
+def _floats(shape: Sequence[int]) -> Tensor:
+    """Room for float32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+def _sides(simple: Reach) -> tuple[int, int]:
+    """How far a reach goes to the left and to the right."""
+    left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
+    return left, right
+
+
+def _new_out(q: Tensor, v: Tensor) -> Tensor:
+    """Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it."""
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype, device="cpu").transpose(1, 2)
 
 
 class _Call:
@@ -208,7 +266,7 @@ class _Call:
         sinks = None if self.score is None or self.score.sinks is None else self.score.sinks.logits
         self.pages = (0, 0, 0) if pages is None else (self._hold(pages.table), pages.table.shape[1], pages.size)
         self.sinks = 0 if sinks is None else self._hold(sinks.float())
-        self.outside = torch.zeros(1, dtype=torch.int32)
+        self.outside = torch.zeros(1, dtype=torch.int32, device="cpu")
 
     def _hold(self, x: Tensor) -> int:
         """The address of a contiguous tensor, which lives as long as this does."""
@@ -234,7 +292,7 @@ class _Call:
         q, k, v = self.alive[:3]
         given, bias, distances = self.given, self.bias, self.distances
         batch, heads, _, queries, keys = self.sizes[:5]
-        tiles_at = (0, 0, 0, 0, 1, 1)
+        tiles_at = ALL_TILES
         limits, chosen_at = (given.lengths, given.left, given.right), NO_LISTS
         if lists is not None:
             limits, chosen_at = self._chosen(lists)
@@ -252,7 +310,7 @@ class _Call:
             (lse.data_ptr(), 0 if rest is None else rest.data_ptr()), self.sizes, given.scale,
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
-            (0, 0, 0, 0, 0) if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
+            NO_BIAS if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
             self.sinks, given.seed, given.dropout, reach_at, tiles_at, chosen_at, given.kernel,
             given.threads or torch.get_num_threads(),
         )  # fmt: skip
@@ -283,7 +341,7 @@ class _Call:
         if not terms:
             return None
         at = self.along_distances()
-        total = torch.zeros(1, self.sizes[1], at.query.shape[2], 1)
+        total = _zeros((1, self.sizes[1], at.query.shape[2], 1))
         for term in terms:
             total = term.apply(total, at)
         return total.squeeze(3).contiguous()
@@ -292,10 +350,11 @@ class _Call:
         """The pairs of those entries: key 0, and rows from keys − 1 before the first one on."""
         batch, heads, _, queries, keys = self.sizes[:5]
         first = starts_of(self.position, batch, queries, keys, torch.device("cpu")).view(-1, 1, 1, 1)
-        back = first + torch.arange(1 - keys, queries + TILE).view(1, 1, -1, 1)
+        back = first + torch.arange(1 - keys, queries + TILE, device="cpu").view(1, 1, -1, 1)
         return Pairs(
-            batch=torch.arange(batch).view(-1, 1, 1, 1), head=torch.arange(heads).view(1, -1, 1, 1), row=back,
-            query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64), keys=keys,
+            batch=torch.arange(batch, device="cpu").view(-1, 1, 1, 1),
+            head=torch.arange(heads, device="cpu").view(1, -1, 1, 1), row=back,
+            query=back, key=torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cpu"), keys=keys,
         )  # fmt: skip
 
 
@@ -303,9 +362,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    # Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it.
-    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
-    lse, rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    out = _new_out(q, v)
+    lse, rest = _floats(q.shape[:3]), _floats(q.shape[:3])
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
         _native.forward(*call.arguments(out, lse, rest, call.lists()))
@@ -319,21 +377,21 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v and of those tensors of the score that are wanted (the others are zeros)."""
-    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    dq, dk, dv = (_zeros(x.shape) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix.
-    d_tensors = [torch.zeros(x.shape, dtype=torch.float64) for x in given.tensors]
+    d_tensors = [_zeros(x.shape, torch.float64) for x in given.tensors]
     if lse.numel():
         call = _Call(q, k, v, given)
         d_out, out = readable(d_out), readable(out)
         terms = dict(zip(_holders(call.score), zip(d_tensors, wanted, strict=True), strict=True))
         bias = next((term for term in terms if isinstance(term, Bias) and terms[term][1]), None)
-        d_bias = None if bias is None else torch.zeros(bias.full().shape)
+        d_bias = None if bias is None else _zeros(bias.full().shape)
         by_distance = [
             term for term in terms if terms[term][1] and not isinstance(term, Bias) and hasattr(term, "collect")
         ]
         d_distances = None
         if by_distance and call.distances is not None:
-            d_distances = torch.zeros(call.distances.shape, dtype=torch.float64)
+            d_distances = _zeros(call.distances.shape, torch.float64)
         d_lse = d_lse.float().contiguous()
         _native.backward(
             *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
@@ -463,10 +521,12 @@ def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tu
     `[B, H, Nq]`; received `[B, H, Nk]`.
     """
     batch, heads, queries, keys = problem.shape
-    indices = torch.empty(batch, heads, queries, top, dtype=torch.int64)
-    weights = torch.empty(batch, heads, queries, top)
-    rest, lse, entropy = (torch.empty(batch, heads, queries) for _ in range(3))
-    received = torch.zeros(batch, heads, keys)
+    if keys >= 1 << 31:
+        raise unsupported({"native": [f"looks at fewer than 2³¹ keys, and there are {keys}"]})
+    indices = torch.empty(batch, heads, queries, top, dtype=torch.int64, device="cpu")
+    weights = _floats((batch, heads, queries, top))
+    rest, lse, entropy = (_floats((batch, heads, queries)) for _ in range(3))
+    received = _zeros((batch, heads, keys))
     if lse.numel():
         call = _Call(problem.q.detach(), problem.k.detach(), problem.v.detach(), _arguments(problem, kernel, threads))
         out = problem.q  # nothing is written there

@@ -7,7 +7,11 @@ kernel fits. So this file corrects what it can and refuses the rest, with the re
 Keys hidden from one row but visible to another do matter here if they hold NaN or inf: the kernels compute 0 · NaN.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
@@ -60,6 +64,17 @@ def refuses(problem: Problem) -> list[str]:
     return reasons
 
 
+def direct(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What `run` comes to for q, k, v like these, where it is one call of the fused kernel as they are."""
+    queries, keys, pattern = problem.q.shape[2], problem.k.shape[2], problem.pattern
+    causal = isinstance(pattern, Causal) and not _sees_all(problem)
+    if problem.score is not None or problem.group > 1 or not (pattern is None or isinstance(pattern, Causal)):
+        return None
+    if keys < _FEW_KEYS or (causal and keys > queries):
+        return None
+    return partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal, scale=problem.scale)
+
+
 def run(problem: Problem) -> Result:
     """One call of the fused kernel, on the keys that some row may see."""
     k, v, mask, causal = problem.k, problem.v, None, False
@@ -85,7 +100,7 @@ def run(problem: Problem) -> Result:
         q = group(q, k)  # the kernel for CPUs reads the keys for every head
     if mask is None and k.device.type == "cpu" and k.shape[2] < _FEW_KEYS:
         # Without a mask the kernel loses a NaN of the query among so few keys.
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
         mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1]
