@@ -19,6 +19,7 @@ from torch import nn
 
 import foveate as fv
 from foveate import checkpoints, tensorfiles
+from foveate.bench.memory import peak, start
 from foveate.models import dit, gpt2, llama
 
 CONFIG = gpt2.Config(vocabulary=13, positions=11, dim=6, layers=2, heads=2, hidden=10)
@@ -519,12 +520,32 @@ def test_the_progress_bar_is_for_terminals_with_rich(monkeypatch: pytest.MonkeyP
     assert checkpoints._shown([1, 2], "Loading") == [1, 2]
 
 
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a while is asked of Linux")
+
+
+@LINUX
+def test_opening_takes_no_memory_and_reading_each_weight_once(folder: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = llama.LanguageModel(llama.Config(vocabulary=5000, dim=512, layers=4, heads=8, hidden=1365))
+    fv.save_pretrained(model.to_empty(device="cpu"), tmp_path / "large")
+    size = (tmp_path / "large" / FILE).stat().st_size
+    assert size > 60e6
+    del model
+    fv.from_pretrained(folder)  # what is loaded and started once
+    before = start()
+    model = fv.from_pretrained(tmp_path / "large")
+    assert peak() - before < 0.1 * size
+    for parameter in model.parameters():
+        parameter.detach().view(torch.uint8).max()
+    assert peak() - before < 1.1 * size
+
+
 LLAMA = llama.LanguageModel, llama.Config(vocabulary=5000, dim=1024, layers=19, heads=16, hidden=2730)
 GPT2 = gpt2.LanguageModel, gpt2.Config(vocabulary=5000, dim=1024, layers=19, heads=16, tied=False)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a while is asked of Linux")
+@LINUX
 @pytest.mark.parametrize(("kind", "opening"), [(LLAMA, 0.05), (GPT2, 1.05)])
 def test_opening_a_gigabyte_makes_no_second_copy(kind: Any, opening: float, folder: Path, tmp_path: Path) -> None:
     """Most weights are the file's own pages; GPT-2's matrices lie the other way there, and each is copied once.

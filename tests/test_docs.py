@@ -92,6 +92,21 @@ def test_every_python_block_runs_and_prints_what_the_page_says(page: Path) -> No
             assert printed.getvalue() == block.printed, f"{named(page)}, line {block.line}"
 
 
+TAUGHT = [page for page in PAGES if page.parent.name in ("mechanisms", "transformer") and page.stem != "index"]
+
+
+@pytest.mark.parametrize("page", TAUGHT, ids=named)
+def test_a_mechanism_has_a_page_of_one_screen(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") <= 62
+    assert re.search(r"^> ", text, re.MULTILINE), "no equation"
+    assert re.search(r"\bcosts?\b", text, re.IGNORECASE), "no cost"
+    assert "](https://" in text, "no paper"
+    languages = [block.language for block in blocks(page)]
+    assert "text" in languages, "no picture"
+    assert "python" in languages, "no code"
+
+
 @pytest.mark.parametrize("library", ["PyTorch", "Hugging Face transformers", "timm", "diffusers"])
 def test_each_library_has_a_section_to_copy(library: str, tmp_path: Path) -> None:
     """A block of Python each, which the test of all pages runs; timm's is run where timm is, by its own tests."""

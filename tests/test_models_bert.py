@@ -77,9 +77,12 @@ def case(family: str, head: str) -> Case:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "head"), [(family, head) for family, heads in FAMILIES.items() for head in heads])
-def test_it_is_hugging_faces(family: str, head: str, tmp_path: Path) -> None:
-    check(case(family, head), tmp_path)
+CASES = {family + head: case(family, head) for family, heads in FAMILIES.items() for head in heads}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_hugging_faces(name: str, tmp_path: Path) -> None:
+    check(CASES[name], tmp_path)
 
 
 def test_sentence_embeddings_are_hugging_faces_and_know_what_is_alike() -> None:

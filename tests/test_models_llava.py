@@ -47,6 +47,24 @@ def test_it_is_hugging_faces(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
 
 
+def test_each_patch_stands_in_its_own_place(tmp_path: Path) -> None:
+    """One text with two images, a text with one and a text with none."""
+    torch.manual_seed(3)
+    theirs = _random(made()).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(3, 96, (3, 37), generator=torch.Generator().manual_seed(5))
+    ids[0, 2:18] = ids[0, 20:36] = ids[1, 11:27] = 96
+    pixels = torch.randn(3, *image_in_text()["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        want = theirs(input_ids=ids, pixel_values=pixels).logits
+        ours = fv.from_pretrained(tmp_path)
+        found, other = ours(ids, pixels), ours(ids, pixels.flip(0))
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+    changed = (other - found).abs().amax((1, 2))
+    assert (changed[:2] > 1e-2).all()
+    assert changed[2] <= 1e-5
+
+
 def test_the_tokens_it_generates_are_hugging_faces(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs, inputs = _random(made()).eval(), image_in_text()

@@ -230,8 +230,7 @@ FIELDS = {
 FIXED = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": (None, False)}
 COMMON: dict[str, Any] = {
     "config": Config, "names": NAMES, "heads": {"lm_head.weight": "head.weight"}, "prefix": "model.",
-    "generation": ("end",),
-    "codecs": {"scaling": SCALING}, "also": lambda config: {"layer_types": config.types},
+    "generation": ("end",), "codecs": {"scaling": SCALING}, "also": lambda config: {"layer_types": config.types},
 }  # fmt: skip
 
 FORMATS = {
