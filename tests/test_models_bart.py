@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,16 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
     model = bart.Model(bart.Config(97, None, 8, 32, 2, 2, 4, 4, 48, 48))
     with pytest.raises(fv.InvalidInput, match="9 tokens but the model 8 positions"):
         model(torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_what_generation_config_does_not_say_is_not_so(tmp_path: Path) -> None:
+    """Where it is there, Hugging Face reads nothing of the kind from config.json."""
+    theirs = hf.BartForConditionalGeneration(hf.BartConfig(**SMALL, forced_eos_token_id=9))
+    theirs.save_pretrained(tmp_path)
+    assert fv.from_pretrained(tmp_path).config.last == 9
+    file = tmp_path / "generation_config.json"
+    said = json.loads(file.read_text())
+    said.pop("forced_eos_token_id")
+    file.write_text(json.dumps(said))
+    assert hf.BartForConditionalGeneration.from_pretrained(tmp_path).generation_config.forced_eos_token_id is None
+    assert fv.from_pretrained(tmp_path).config.last is None
