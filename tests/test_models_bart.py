@@ -112,7 +112,7 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
 
 def test_what_generation_config_does_not_say_is_not_so(tmp_path: Path) -> None:
     """Where it is there, Hugging Face reads nothing of the kind from config.json."""
-    theirs = hf.BartForConditionalGeneration(hf.BartConfig(**SMALL, forced_eos_token_id=9))
+    theirs = hf.BartForConditionalGeneration(hf.BartConfig(**{**SMALL, "forced_eos_token_id": 9}))
     theirs.save_pretrained(tmp_path)
     assert fv.from_pretrained(tmp_path).config.last == 9
     file = tmp_path / "generation_config.json"
