@@ -54,20 +54,19 @@ def test_what_is_slower_stays_with_pytorch_to_the_bit(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("queries", "key_heads", "lead", "ours"),
     [
-        (67, 6, Lead(queries=67, gradient=0, shared=0), True),
-        (67, 6, Lead(queries=68, gradient=0, shared=0), False),
-        (1, 2, Lead(queries=0, gradient=0, shared=2 * 2 * 131 * 16), True),
-        (1, 2, Lead(queries=0, gradient=0, shared=2 * 2 * 131 * 16 + 1), False),
-        (1, 6, Lead(queries=0, gradient=0, shared=0), False),
-        (1, 6, Lead(queries=0, gradient=0, shared=0, alone=2 * 6 * 131 * 16), True),
+        (67, 6, Lead(queries=67, gradient=0, products=0, shared=0), True),
+        (67, 6, Lead(queries=68, gradient=0, products=0, shared=0), False),
+        (1, 2, Lead(queries=0, gradient=0, products=0, shared=2 * 2 * 131 * 16), True),
+        (1, 2, Lead(queries=0, gradient=0, products=0, shared=2 * 2 * 131 * 16 + 1), False),
+        (1, 6, Lead(queries=0, gradient=0, products=0, shared=0), False),
+        (1, 6, Lead(queries=0, gradient=0, products=0, shared=0, alone=2 * 6 * 131 * 16), True),
     ],
 )
 def test_one_table_says_where_the_kernels_lead(
     queries: int, key_heads: int, lead: Lead, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's calls and our own read the same limits; for short calls of our own there is one more."""
-    monkeypatch.setitem(native.LEADS, torch.float32, lead)
-    monkeypatch.setattr(native, "_SHORT", 0)
+    monkeypatch.setattr(native, "lead", lambda _: lead)
     q, k, v = qkv(queries=queries, key_heads=key_heads)
     with fv.accelerate() as acceleration:
         SDPA(q, k, v, enable_gqa=True)
@@ -78,19 +77,31 @@ def test_one_table_says_where_the_kernels_lead(
 def test_gradients_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
     for limit, ours in ((67, True), (68, False)):
-        monkeypatch.setitem(native.LEADS, torch.float32, Lead(queries=0, gradient=limit, shared=0))
+        lead = Lead(queries=0, gradient=limit, products=0, shared=0)
+        monkeypatch.setattr(native, "lead", lambda _, lead=lead: lead)
         with fv.accelerate() as acceleration:
             SDPA(q, k, v).sum().backward()
         assert (("backward", "") in acceleration.report().foveate) == ours
 
 
-def test_bfloat16_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (x.bfloat16().requires_grad_() for x in qkv())
+def test_limits_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows of bfloat16 are PyTorch's where the processor multiplies it, and ours where it does not."""
+    q, k, v = (x.bfloat16()[:, :, :40].requires_grad_() for x in qkv())
     for has in (True, False):
         monkeypatch.setattr(native, "has_pairs", lambda has=has: has)
         with fv.accelerate() as acceleration:
-            SDPA(q, k, v).sum().backward()
-        assert bool(acceleration.report().foveate) == has
+            SDPA(q, k, v)
+        assert bool(acceleration.report().pytorch) == has
+        assert bool(acceleration.report().foveate) == (not has)
+
+
+def test_short_calls_of_our_own_have_a_limit_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    products = 2 * 6 * 67 * 131 * 16
+    for limit, ours in ((products, True), (products + 1, False)):
+        lead = Lead(queries=0, gradient=0, products=limit, shared=0)
+        monkeypatch.setattr(native, "lead", lambda _, lead=lead: lead)
+        assert (fv.explain(q, k, v).chosen == "native") == ours
 
 
 def test_the_report_says_how_many_went_where_and_why() -> None:

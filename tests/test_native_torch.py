@@ -100,6 +100,19 @@ def test_it_can_be_exported() -> None:
     assert torch.equal(exported.module()(q, k), Attend()(q, k))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_trace_sees_the_operators(trains: bool) -> None:
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        out, _ = fv.linear_attention(k, k, fv.attention(q, k, k, fv.causal, backend="native"), backend="native")
+        return out
+
+    first, other = ([normal(1, 2, 200, 8, seed=seed + n).requires_grad_(trains) for n in (0, 1)] for seed in (0, 2))
+    traced = torch.jit.trace(call, first, check_trace=False)
+    assert {"foveate::native_forward", "foveate::linear_forward"} <= {node.kind() for node in traced.graph.nodes()}
+    torch.testing.assert_close(traced(*other), call(*other))
+
+
 def test_autocast_casts_q_k_v_and_nothing_else() -> None:
     q, k = normal(1, 4, 7, 8).requires_grad_(), normal(1, 2, 11, 8, seed=1).requires_grad_()
     bias = normal(1, 4, 7, 11).requires_grad_()

@@ -139,6 +139,24 @@ def test_other_dtypes_are_brought_together() -> None:
         fv.paged_attention(q, pages, pages, table, lengths, backend="native")
 
 
+def test_a_graph_reads_pages_and_still_checks_their_numbers() -> None:
+    q, pages = normal(2, 4, 1, 8), normal(5, 2, 16, 8, seed=1)
+    table, lengths = torch.tensor([[4, 0], [2, 1]]), torch.tensor([20, 31])
+
+    def call(q: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        return paged(q, pages, pages, table, lengths, None, None, None, "native")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for these in (lengths, torch.tensor([0, 7])):
+        assert torch.equal(compiled(q, table, these), call(q, table, these))
+    with pytest.raises(InvalidInput, match=r"table\[0, 0\] is 5: wanted a page from 0 to 4"):
+        compiled(q, table + 1, lengths)
+    pattern, start = fv.padding(lengths), lengths - 1
+    k = pages.new_empty(1).expand(2, 2, 32, 8)
+    given = native._arguments(problem(q, k, k, pattern, query_start=start), "", 0)._replace(lengths=lengths)
+    torch.library.opcheck(torch.ops.foveate.native_paged.default, (q, pages, pages, table, *given))
+
+
 Q, PAGES = torch.zeros(2, 4, 1, 8), torch.zeros(5, 2, 16, 8)
 TABLE, GOOD = torch.tensor([[0, 1], [2, 3]]), torch.tensor([20, 32])
 

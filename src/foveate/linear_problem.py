@@ -274,7 +274,7 @@ def _state(state: LinearState | None, k: Tensor, v: Tensor, normalize: bool, wid
     if normalize != (z is not None):
         have, want = ("no z", "normalize=True keeps one") if normalize else ("a z", "only normalize=True keeps one")
         raise InvalidInput(f"state has {have}: {want}, so hand on the state of a call of the same kind")
-    shapes = {"state.s": (s, (batch, heads, dim, width - normalize)), "state.z": (z, (batch, heads, dim))}
+    shapes = {"state.s": (s, (batch, heads, dim, width - int(normalize))), "state.z": (z, (batch, heads, dim))}
     for name, (tensor, shape) in shapes.items():
         if tensor is None:
             continue

@@ -46,6 +46,7 @@ def paged(
             raise unsupported({"native": reasons})
         if backend in ("auto", "native") and not reasons:
             return native.run_paged(call, pages, lengths).out
+        pages.check(lengths)
         return dispatch(_together(call, pages), backend).out
 
 
@@ -84,18 +85,4 @@ def _check(q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, len
         raise InvalidInput(
             f"the table is {describe(table)} and lengths {describe(lengths)}: wanted a row and a length for each of "
             f"{q.shape[0]} batch rows"
-        )
-    count, size = key_pages.shape[0], key_pages.shape[2]
-    if bool(((lengths < 0) | (lengths > table.shape[1] * size)).any()):
-        raise InvalidInput(
-            f"lengths is {lengths.tolist()}: wanted 0 to {table.shape[1] * size}, as many keys as "
-            f"{table.shape[1]} pages of {size} hold"
-        )
-    needed = torch.arange(table.shape[1], device=table.device) * size < lengths[:, None]
-    outside = needed & ((table < 0) | (table >= count))
-    if bool(outside.any()):
-        row, place = outside.nonzero()[0].tolist()
-        raise InvalidInput(
-            f"table[{row}, {place}] is {int(table[row, place])}: wanted a page from 0 to {count - 1}, for the length "
-            f"{int(lengths[row])}"
         )

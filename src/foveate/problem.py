@@ -72,6 +72,18 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are plain tensors and no graph, trace, transform or mode is at work, which has to see operators."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and not q.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not is_transformed()
+    )
+
+
 @dataclass(frozen=True)
 class Result:
     """out `[B, Hq, Nq, Dv]` in q's dtype; lse `[B, Hq, Nq]`, natural logarithm, float32 or wider, or None."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.dispatch import Implementation, decide, is_observed
 from foveate.pattern.algebra import Pattern
-from foveate.problem import Problem, is_transformed
+from foveate.problem import Problem, is_eager
 
 Signature = tuple[Hashable, ...]
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,14 +33,12 @@ def signature(
     backend: str,
 ) -> Signature | None:
     """All that checks and choices of this call depend on, or None where they depend on more."""
-    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is Tensor or q.dim() != 4:
+    if not is_eager(q, k, v) or q.dim() != 4:
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
         return None
-    if is_transformed() or torch._C._len_torch_dispatch_stack():
-        return None
     device = q.device
-    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type):
         return None
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (

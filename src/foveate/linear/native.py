@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.errors import unsupported
 from foveate.linear_problem import LinearProblem
 from foveate.primitives import readable
-from foveate.problem import is_transformed, without_autocast
+from foveate.problem import is_eager, is_transformed, without_autocast
 
 try:
     from foveate import _native
@@ -53,7 +53,8 @@ def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Te
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     q = problem.q if problem.causal else problem.q[:, :, :0]
     trains, narrow = problem.needs_gradient, not problem.normalize and problem.v.dtype == problem.dtype
-    run = _forward if _is_plain(problem, trains) else _forward_op
+    # An operator costs more than a short call: only where something has to see it.
+    run = _forward_op if trains or not is_eager(problem.q, problem.k, problem.v) else _forward
     out, last, _ = run(
         q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state, problem.scale,
         problem.delta_rule, problem.causal, narrow, trains, kernel, threads,
@@ -63,17 +64,6 @@ def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Te
         rows = (problem.q.to(last.dtype) * problem.scale).unflatten(1, (problem.k.shape[1], group))
         out = (rows.flatten(2, 3) @ last).reshape(*problem.q.shape[:3], last.shape[3])
     return out, last
-
-
-def _is_plain(problem: LinearProblem, trains: bool) -> bool:
-    """Whether no graph, derivative or mode of torch is at work that would have to know of an operator."""
-    return (
-        not trains
-        and not torch.compiler.is_compiling()
-        and type(problem.q) is type(problem.k) is type(problem.v) is Tensor
-        and not problem.q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def _segment(width: int) -> int:

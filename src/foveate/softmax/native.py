@@ -21,7 +21,7 @@ from foveate.pattern.reach import Reach, reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.primitives import readable
-from foveate.problem import Problem, Result, without_autocast
+from foveate.problem import Problem, Result, is_eager, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
 
@@ -95,42 +95,54 @@ class _Arguments(NamedTuple):
 class Lead:
     """From where on our kernels take no longer than PyTorch's, in one dtype.
 
-    `queries`, `gradient`: so many queries, forward and backward. `shared`, `alone`: a few queries read so many numbers
-    of k (key heads · keys · dim), in heads that share them or each its own; None: never.
+    `queries`, `gradient`: so many queries, forward and backward. `products`: of q with k in a call of
+    `foveate.attention`, which costs more than PyTorch's own around them. `shared`, `alone`: a few queries read so many
+    numbers of k (key heads · keys · dim), in heads that share them or each its own; None: never.
     """
 
     queries: int
     gradient: int
+    products: int
     shared: int
     alone: int | None = None
 
 
-# On a CPU with AMX. benchmarks/results/softmax.json has rows from 64 queries on, of decoding (32 heads on 8 of 128,
-# from 1 << 21 numbers on), and of training in float32 and bfloat16. What it has no row for was timed by its clock:
-# float16, 8 to 64 queries, heads of 128 and 256, gradients of 32 queries on one core, fewer numbers against PyTorch's
-# kernel with the heads of a group as queries on two.
-LEADS = {
-    torch.float32: Lead(queries=64, gradient=64, shared=1 << 18, alone=1 << 18),
-    torch.bfloat16: Lead(queries=64, gradient=32, shared=1 << 18),
-    torch.float16: Lead(queries=16, gradient=32, shared=1 << 18, alone=1 << 18),
+# With instructions for bfloat16, on a CPU with AMX. benchmarks/results/xeon-amx/softmax.json has rows from 64 queries
+# on, of decoding (32 heads on 8 of 128, from 1 << 21 numbers on), and of training in float32 and bfloat16. What it has
+# no row for was timed by its clock: float16, 8 to 64 queries, heads of 128 and 256, gradients of 32 queries on one
+# core, fewer numbers against PyTorch's kernel with the heads of a group as queries on two.
+_WITH_PAIRS = {
+    torch.float32: Lead(queries=64, gradient=64, products=1 << 23, shared=1 << 18, alone=1 << 18),
+    torch.bfloat16: Lead(queries=64, gradient=32, products=1 << 23, shared=1 << 18),
+    torch.float16: Lead(queries=16, gradient=32, products=1 << 23, shared=1 << 18, alone=1 << 18),
+}
+# Without, on a CPU with plain AVX-512, where PyTorch's bfloat16 is slow; the same of benchmarks/results/xeon-avx512.
+_WITHOUT_PAIRS = {
+    torch.float32: Lead(queries=64, gradient=64, products=1 << 23, shared=1 << 21, alone=1 << 21),
+    torch.bfloat16: Lead(queries=8, gradient=16, products=1 << 19, shared=1 << 19, alone=1 << 16),
+    torch.float16: Lead(queries=32, gradient=16, products=1 << 21, shared=1 << 22, alone=1 << 20),
 }
 _DECODING = 4  # queries; memory limits so few
-_SHORT = 1 << 23  # products; below, a call of `foveate.attention` is overhead
+
+
+def lead(dtype: torch.dtype) -> Lead:
+    """The limits of this machine."""
+    return (_WITH_PAIRS if has_pairs() else _WITHOUT_PAIRS)[dtype]
 
 
 def leads_forward(q: Tensor, k: Tensor) -> bool:
     """Whether q and k alone say that our kernel takes no longer than PyTorch's fused one."""
     (_, heads, queries, _), (batch, key_heads, keys, dim) = q.shape, k.shape
-    lead = LEADS[q.dtype]
+    limits = lead(q.dtype)
     if queries <= _DECODING:
-        least = lead.alone if heads == key_heads else lead.shared
+        least = limits.alone if heads == key_heads else limits.shared
         return least is not None and batch * key_heads * keys * dim >= least
-    return queries >= lead.queries and (q.dtype != torch.bfloat16 or has_pairs())
+    return queries >= limits.queries
 
 
 def leads_backward(q: Tensor) -> bool:
     """Whether our gradients take no longer than PyTorch's."""
-    return q.shape[2] >= LEADS[q.dtype].gradient and (q.dtype != torch.bfloat16 or has_pairs())
+    return q.shape[2] >= lead(q.dtype).gradient
 
 
 def leads(problem: Problem) -> bool:
@@ -138,9 +150,10 @@ def leads(problem: Problem) -> bool:
     if _native is None or problem.q.dtype not in _DTYPES:
         return False
     if torch.compiler.is_compiling():  # a graph serves every length
-        return problem.q.dtype != torch.bfloat16 or has_pairs()
+        return True
     batch, heads, queries, keys = problem.shape
-    if queries > _DECODING and batch * heads * queries * keys * problem.q.shape[3] < _SHORT:
+    products = batch * heads * queries * keys * problem.q.shape[3]
+    if queries > _DECODING and products < lead(problem.q.dtype).products:
         return False
     return leads_forward(problem.q, problem.k)
 
@@ -154,22 +167,14 @@ def has_pairs() -> bool:
 def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
-    if _is_plain(problem):  # nothing has to see an operator, which costs more than a short call
-        out, lse, _ = _forward(problem.q, problem.k, problem.v, arguments)
-    else:
+    if not is_eager(problem.q, problem.k, problem.v):
         out, lse, _ = _forward_op(problem.q, problem.k, problem.v, *arguments)
+    elif problem.needs_gradient:  # nothing has to see an operator, which costs more than a short call
+        tensors = (problem.q, problem.k, problem.v)
+        out, lse = _Differentiated.apply(*tensors, arguments, *arguments.tensors)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, _ = _forward(problem.q, problem.k, problem.v, arguments)
     return out, lse
-
-
-def _is_plain(problem: Problem) -> bool:
-    """Whether no graph, derivative or mode of torch is at work that would have to know of an operator."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(problem.q) is type(problem.k) is type(problem.v) is Tensor
-        and not problem.q.is_meta
-        and not problem.needs_gradient
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
@@ -467,22 +472,50 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(*output, q, k, v, *held, *tensors, *extra)
 
 
-def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor, d_rest: Tensor) -> tuple[Any, ...]:
+def _remembered(ctx: Any) -> tuple[tuple[Tensor, ...], _Arguments]:
+    """(out, log-sum-exp, what rounding took from it, q, k, v), and what else there was."""
     held, tensors, has_starts, has_lengths = ctx.counts
-    out, lse, rest, q, k, v, *more = ctx.saved_tensors
+    everything = ctx.saved_tensors  # asked for once, or a checkpoint refuses
+    saved, more = everything[:6], list(everything[6:])
     extra = more[held + tensors :]
     starts = extra.pop(0) if has_starts else None
     lengths = extra.pop(0) if has_lengths else None
-    with without_autocast(q.device):
-        dq, dk, dv, *d_tensors = _backward_op(
-            d_out, d_lse, out, lse, rest, ctx.wanted, q, k, v, more[:held], more[held : held + tensors], starts,
-            lengths, *ctx.rest,
-        )  # fmt: skip
-    return dq, dk, dv, [None] * held, d_tensors, *[None] * (2 + len(ctx.rest))
+    return saved, _Arguments(more[:held], more[held : held + tensors], starts, lengths, *ctx.rest)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor, d_rest: Tensor) -> tuple[Any, ...]:
+    saved, given = _remembered(ctx)
+    with without_autocast(d_out.device):
+        dq, dk, dv, *d_tensors = _backward_op(d_out, d_lse, *saved[:3], ctx.wanted, *saved[3:], *given)
+    return dq, dk, dv, [None] * len(given.held), d_tensors, *[None] * (2 + len(ctx.rest))
 
 
 def _no_second_derivative(ctx: Any, *gradients: object) -> None:
     raise unsupported({"native": ['has no second derivative: use backend="reference", which has']})
+
+
+class _Differentiated(torch.autograd.Function):
+    """(out, log-sum-exp) and their derivative where no one has to see an operator: in half the time around a kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, given: _Arguments, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = _forward(q, k, v, given)
+        _remember(ctx, (q, k, v, *given), found)
+        return found[:2]
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        (out, lse, rest, q, k, v), given = _remembered(ctx)
+        if (
+            torch.is_grad_enabled()
+        ):  # someone will ask for a second derivative: only the operator says that there is none
+            dq, dk, dv, *d_tensors = _backward_op(d_out, d_lse, out, lse, rest, ctx.wanted, q, k, v, *given)
+        else:
+            with without_autocast(q.device):
+                dq, dk, dv, *d_tensors = _backward(d_out, d_lse, out, lse, rest, q, k, v, given, ctx.wanted)
+        return dq, dk, dv, None, *d_tensors
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
@@ -506,12 +539,53 @@ class Pages(NamedTuple):
         """How many keys a batch row can have."""
         return self.table.shape[1] * self.size
 
+    def check(self, lengths: Tensor) -> None:
+        """Raise `InvalidInput` if a length is longer than the pages, or a page that it needs is not there."""
+        count, places = self.key_pages.shape[0], self.table.shape[1]
+        if bool(((lengths < 0) | (lengths > self.capacity)).any()):
+            raise InvalidInput(
+                f"lengths is {lengths.tolist()}: wanted 0 to {self.capacity}, as many keys as {places} pages of "
+                f"{self.size} hold"
+            )
+        needed = torch.arange(places, device=self.table.device) * self.size < lengths[:, None]
+        outside = needed & ((self.table < 0) | (self.table >= count))
+        if bool(outside.any()):
+            row, place = outside.nonzero()[0].tolist()
+            raise InvalidInput(
+                f"table[{row}, {place}] is {int(self.table[row, place])}: wanted a page from 0 to {count - 1}, for the "
+                f"length {int(lengths[row])}"
+            )
+
 
 def run_paged(problem: Problem, pages: Pages, lengths: Tensor, kernel: str = "") -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
     given = _arguments(problem, kernel, 0)._replace(lengths=lengths)  # no page past a length is touched
-    out, lse, _ = _forward(problem.q, pages.key_pages, pages.value_pages, given, pages)
-    return Result(out, lse)
+    run = _paged if is_eager(problem.q, pages.key_pages, pages.value_pages) else _paged_op
+    return Result(*run(problem.q, pages.key_pages, pages.value_pages, pages.table, *given))  # type: ignore[arg-type]
+
+
+def _paged(
+    q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor],
+    starts: Tensor | None, lengths: Tensor, start: int, left: int, right: int, pattern: str, score: str, scale: float,
+    dropout: float, seed: int, kernel: str, threads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, log-sum-exp); what the table and the lengths say is checked here, where a graph has numbers too."""
+    pages = Pages(key_pages, value_pages, table)
+    pages.check(lengths)
+    given = _Arguments(
+        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+    )
+    out, lse, _ = _forward(q, key_pages, value_pages, given, pages)
+    return out, lse
+
+
+_paged_op = torch.library.custom_op("foveate::native_paged", _paged, mutates_args=(), device_types="cpu")
+
+
+@_paged_op.register_fake
+def _paged_fake(q: Tensor, key_pages: Tensor, value_pages: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    out, lse, _ = _forward_fake(q, key_pages, value_pages)
+    return out, lse
 
 
 def looked(problem: Problem, top: int, kernel: str = "", threads: int = 0) -> tuple[Tensor, ...]:
