@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import unknown_name, unsupported
+from foveate.leads import leads
 from foveate.linear_problem import LinearProblem, LinearState
 from foveate.problem import Problem, Result, without_autocast
 
@@ -138,11 +139,10 @@ def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
-    if name == "sdpa" and problem.q.device.type == "cpu":
-        native = implementation("native")
-        if native.leads(problem) and not native.refuses(problem):  # type: ignore[attr-defined]
-            return ["native is at least as fast here"]
-    if name == "flex" and problem.q.device.type == "cpu":
+    on_cpu = problem.q.device.type == "cpu"
+    if name == "sdpa" and on_cpu and leads(problem) and not implementation("native").refuses(problem):
+        return ["native is at least as fast here"]
+    if name == "flex" and on_cpu:
         return ["compiles at run time, so on a CPU it runs only by name"]
     return []
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.leads import leads_backward, leads_forward
 from foveate.pattern.matrix import TILE, summarise_matrix
 from foveate.pattern.summary import Summary
 from foveate.primitives import readable
-from foveate.softmax.native import _DTYPES, ALL_TILES, NO_BIAS, _matrix, bare, leads_backward, leads_forward
+from foveate.softmax.native import _DTYPES, ALL_TILES, NO_BIAS, _matrix, bare
 
 try:
     from foveate import _native
