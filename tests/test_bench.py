@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,27 @@ def test_every_row_has_a_name_of_its_own_and_claims_about_who_takes_part() -> No
                 assert claim.against in (*row.contestants, "ceiling", "memory"), row.name
                 assert (claim.target or claim.aim) is not None, row.name
     assert [row.section for row in tables.softmax(quick=True)] == [row.section for row in tables.softmax()]
+
+
+def test_an_interruption_keeps_the_rows_that_are_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measure, rows = measuring.measure, iter([True, False])
+
+    def interrupted(row: Row, **options: Any) -> Measured:
+        if next(rows):
+            return measure(row, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure", interrupted)
+    path = tmp_path / "some.json"
+    code, out, err = _main(
+        capsys, monkeypatch, "softmax", "--quick", "--runs", "1", "--only", "causal", "--out", str(path)
+    )
+    assert code == 0
+    assert "interrupted: 1 of " in err
+    assert len(read(path).rows) == 1
+    assert read(path).rows[0].name in out
 
 
 @pytest.mark.parametrize("name", [FULL, CAUSAL, TRAINING, DECODE, LOOKED, WINDOW, "fp32 bigbird(8) N=256 D=64"])

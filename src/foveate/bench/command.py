@@ -159,7 +159,7 @@ def _checked(out: list[Path] | None, compare: Path | None, *, json: bool) -> tup
 def _results(
     rows: list[_Row], measure: Callable[[_Row], Measured], tops: Mapping[str, float], *, quick: bool, runs: int
 ) -> Results:
-    """Measure row after row, under a progress bar on standard error."""
+    """Measure row after row, under a progress bar on standard error; an interruption keeps the rows that are done."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -172,13 +172,18 @@ def _results(
         TimeElapsedColumn(),
         TextColumn("{task.fields[row]}"),
     )
-    measured = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rows), row="")
-        for row in rows:
-            progress.update(task, row=row.name)
-            measured.append(measure(row))
-            progress.advance(task)
+    measured: list[Measured] = []
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("measuring", total=len(rows), row="")
+            for row in rows:
+                progress.update(task, row=row.name)
+                measured.append(measure(row))
+                progress.advance(task)
+    except KeyboardInterrupt:
+        if not measured:
+            raise
+        typer.echo(f"interrupted: {len(measured)} of {len(rows)} rows were measured", err=True)
     return Results(about(tops, quick=quick, runs=runs), measured)
 
 
