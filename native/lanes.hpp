@@ -155,6 +155,7 @@ static inline void sort_blocks(Floats a, Floats b, Floats& even, Floats& odd) {
 // A square of lanes × lanes, rows to columns: log₂(lanes) rounds that swap blocks of 1, 2, 4… entries.
 template <int step>
 static inline void swap_blocks(Floats (&square)[lanes]) {
+#pragma GCC unroll 16
     for (int row = 0; row < lanes; ++row)
         if (!(row & step)) {
             const Floats a = square[row], b = square[row + step];
@@ -176,6 +177,7 @@ static inline void flip(Floats (&square)[lanes]) {
 // The sums over the lanes of as many vectors as there are lanes: lane n holds that of vector n.
 template <int step>
 static inline void fold_blocks(Floats (&square)[lanes]) {
+#pragma GCC unroll 16
     for (int row = 0; row < lanes; row += 2 * step) {
         Floats even, odd;
         sort_blocks<step>(square[row], square[row + step], even, odd);
