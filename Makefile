@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+RESULTS ?= build/bench
 ROUNDS ?=
 BIN := $(VENV)/bin
 
@@ -62,9 +63,10 @@ define programs
 @cmake --build build/$(or $(3),$(1)) --parallel 2 >/dev/null
 endef
 
-bench: $(VENV)/.dev ## measure beside PyTorch, into benchmarks/results/ (a quarter of an hour; close what else runs)
-	@$(BIN)/foveate bench softmax $(foreach kind,json csv svg,--out benchmarks/results/softmax.$(kind)) $(ARGS)
-	@$(BIN)/foveate bench linear $(foreach kind,json csv svg,--out benchmarks/results/linear.$(kind)) $(ARGS)
+bench: $(VENV)/.dev ## measure beside PyTorch, into RESULTS (half an hour or more; close what else runs)
+	@mkdir -p $(RESULTS)
+	@for table in softmax linear sparse; do \
+		$(BIN)/foveate bench $$table $(foreach kind,json csv svg,--out $(RESULTS)/$$table.$(kind)) $(ARGS) || exit; done
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet

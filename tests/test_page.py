@@ -146,7 +146,7 @@ def page_of(browser: Any, tmp_path: Path) -> Iterator[Open]:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", refuse)
         page.goto(path.as_uri())
-        page.locator("html[data-ready]").wait_for(timeout=10_000)
+        page.locator("html[data-ready]").wait_for(timeout=PATIENCE)
         return page
 
     yield open_page
@@ -164,7 +164,7 @@ def listed(page: Any) -> list[tuple[int, float]]:
 
 
 def assert_shows(page: Any, report: Report, layer: int, head: int, token: int) -> None:
-    page.locator(f'body[data-layer="{layer}"][data-head="{head}"][data-token="{token}"]').wait_for(timeout=3000)
+    page.locator(f'body[data-layer="{layer}"][data-head="{head}"][data-token="{token}"]').wait_for(timeout=PATIENCE)
     table = listed(page)
     assert [key for key, _ in table] == report.indices[layer, head, token].tolist()
     assert [share for _, share in table] == pytest.approx(report.weights[layer, head, token].tolist(), abs=6e-4)
@@ -227,7 +227,7 @@ def test_page_follows_one_key_through_every_head(page_of: Open) -> None:
     page = page_of(report, token=4)
     key = int(report.indices[0, 0, 4, 3])
     page.locator("#keys tbody button").nth(3).click()
-    page.locator(f'body[data-target="{key}"]').wait_for(timeout=3000)
+    page.locator(f'body[data-target="{key}"]').wait_for(timeout=PATIENCE)
     for cell in range(6):
         keys, weights = (values[cell // 3, cell % 3, 4].tolist() for values in (report.indices, report.weights))
         said = page.locator("#cells button").nth(cell).get_attribute("aria-label")
@@ -240,7 +240,7 @@ def test_page_says_what_each_token_receives_and_that_the_list_is_partial(page_of
     report = made_up(2, 3, 11, 2)
     page = page_of(report, layer=1, head=1, token=4)
     page.locator("#received").click()
-    page.locator('body[data-received="true"]').wait_for(timeout=3000)
+    page.locator('body[data-received="true"]').wait_for(timeout=PATIENCE)
     assert f"receives {float(report.received[1, 1, 4]):.1%} on average" in page.locator("#claim").text_content()
     assert "Approximate" in page.locator("#keys-note").text_content()
     rows = {row for row in range(11) if 4 in report.indices[1, 1, row].tolist()}
@@ -278,4 +278,4 @@ def test_page_of_500_tokens_is_small_and_quick(page_of: Open, tmp_path: Path) ->
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
     assert_shows(page, report, 3, 1, 77)
     page.locator("#by-pattern").click()
-    page.locator('#by-pattern[aria-pressed="true"]').wait_for(timeout=3000)
+    page.locator('#by-pattern[aria-pressed="true"]').wait_for(timeout=PATIENCE)

@@ -37,7 +37,7 @@ def _heading(results: Results) -> str:
 
 def _ceilings(about: object) -> list[tuple[str, float]]:
     assert isinstance(about, dict)
-    return list(about["ceilings"].items())
+    return [(name, top) for name, top in about["ceilings"].items() if top]
 
 
 def _machine(results: Results) -> str:
