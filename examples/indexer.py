@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the folder for the picture and the table (here)")
     given = parser.parse_args(arguments)
     length, seeds = given.length or (256 if given.full else 128), given.seeds or (2 if given.full else 1)
-    dense, warm_up, sparse = given.steps or ((800, 500, 300) if given.full else (500, 300, 200))
+    dense, warm_up, sparse = given.steps or ((800, 300, 200) if given.full else (500, 300, 200))
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
     work = [Plan(seed, dense, warm_up, sparse, tuple(given.by), tuple(given.trained), length, length // 8,
                  names=given.names) for seed in range(seeds)]  # fmt: skip
