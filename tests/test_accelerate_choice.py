@@ -23,7 +23,7 @@ def test_what_stays_with_pytorch_and_why() -> None:
         dropped = SDPA(q, k, v, dropout_p=0.5)
         SDPA(q, k, v, mask.clone().requires_grad_())
         SDPA(q.double(), k.double(), v.double())
-        SDPA(q[:, :, :31], k, v)
+        SDPA(q[:, :, :7], k, v)
         with sdpa_kernel(SDPBackend.MATH):
             plain = SDPA(q, k, v)
         SDPA(q[:, :, :0], k, v)

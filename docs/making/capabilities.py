@@ -68,7 +68,8 @@ Refusals = dict[str, list[str]]
 
 def capabilities() -> str:
     """The page of what each implementation refuses."""
-    with mock.patch("shutil.which", return_value="g++"):  # the page is about a machine with a compiler
+    # The page is about a machine with a compiler and a processor that multiplies bfloat16.
+    with mock.patch("shutil.which", return_value="g++"), mock.patch("foveate.leads.has_pairs", return_value=True):
         cpu = {name: _refusals(name, torch.zeros) for name in FEATURES}
     with FakeTensorMode(), mock.patch("importlib.util.find_spec", return_value=object()):
 
