@@ -433,9 +433,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         (out, lse, rest, q, k, v), given = _remembered(ctx)
-        if (
-            torch.is_grad_enabled()
-        ):  # someone will ask for a second derivative: only the operator says that there is none
+        if torch.is_grad_enabled():  # for a second derivative: the operator says that there is none
             dq, dk, dv, *d_tensors = _backward_op(d_out, d_lse, out, lse, rest, ctx.wanted, q, k, v, *given)
         else:
             with without_autocast(q.device):
