@@ -280,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
             found = list(pool.map(train, work))
-    said = f"With every key: {mean([one.dense for one in found]):.1%}.\n\n{table(work[0], found)}"
+    each = " and ".join(f"{one.dense:.1%}" for one in found)
+    said = f"With every key: {each}{' (each seed; below, their mean)' if seeds > 1 else ''}.\n\n{table(work[0], found)}"
     print(said)
     picture(work[0], found, folder / "indexer.png")
     told = (
