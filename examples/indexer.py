@@ -1,7 +1,7 @@
 """A lightning indexer learns which keys a trained model needs: accuracy by k, before and after.
 
-    python examples/indexer.py          128 tokens: a table, and indexer.png
-    python examples/indexer.py --full   256 tokens, two seeds; writes examples/results/
+    python examples/indexer.py          one seed: a table, and indexer.png
+    python examples/indexer.py --full   two seeds, more steps; writes examples/results/
 
 DeepSeek's recipe (https://arxiv.org/abs/2512.02556) on the task and the layer of recall.py, where a token has to find
 one of many pairs:
@@ -259,8 +259,8 @@ def picture(plan: Plan, found: list[Found], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="256 tokens, two seeds, into examples/results")
-    parser.add_argument("--length", type=int, help="tokens in a sequence (128), of which a quarter are pairs")
+    parser.add_argument("--full", action="store_true", help="two seeds, more steps, into examples/results")
+    parser.add_argument("--length", type=int, default=128, help="tokens, of which a quarter are pairs (128)")
     parser.add_argument("--names", type=int, default=128, help="names that there are, and as many values (128)")
     parser.add_argument("--steps", type=int, nargs=3, help="dense, of the warm-up, sparse (500 300 200)")
     parser.add_argument("--by", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="k's (1 2 4 8 16 32)")
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (2)")
     parser.add_argument("--out", type=Path, help="the folder for the picture and the table (here)")
     given = parser.parse_args(arguments)
-    length, seeds = given.length or (256 if given.full else 128), given.seeds or (2 if given.full else 1)
+    length, seeds = given.length, given.seeds or (2 if given.full else 1)
     dense, warm_up, sparse = given.steps or ((800, 300, 200) if given.full else (500, 300, 200))
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
     work = [Plan(seed, dense, warm_up, sparse, tuple(given.by), tuple(given.trained), length, length // 8,
