@@ -1,6 +1,6 @@
 # Every target makes what it needs; `make` alone lists them.
 # make PYTHON=python3.13     another Python to start from          make VENV=../env           another environment
-# make test ARGS="-k window" more options for pytest
+# make test ARGS="-k window" more options for pytest                make bench RESULTS=mine       another folder
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -63,7 +63,7 @@ define programs
 @cmake --build build/$(or $(3),$(1)) --parallel 2 >/dev/null
 endef
 
-bench: $(VENV)/.dev ## measure beside PyTorch, into RESULTS (half an hour or more; close what else runs)
+bench: $(VENV)/.dev ## measure beside PyTorch, into build/bench (half an hour or more; close what else runs)
 	@mkdir -p $(RESULTS)
 	@for table in softmax linear sparse; do \
 		$(BIN)/foveate bench $$table $(foreach kind,json csv svg,--out $(RESULTS)/$$table.$(kind)) $(ARGS) || exit; done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,9 +271,13 @@ def test_page_saves_what_it_shows(page_of: Open, tmp_path: Path) -> None:
     assert (tmp_path / "saved.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_page_of_500_tokens_is_small(page_of: Open, tmp_path: Path) -> None:
-    report = made_up(6, 12, 500, 16)
-    page = page_of(report, layer=3, head=1, token=77)
+def test_page_of_500_tokens_is_small_and_quick(page_of: Open, tmp_path: Path) -> None:
+    report, took = made_up(6, 12, 500, 16), []
+    while not took or (min(took) >= 5 and len(took) < 3):  # once more where something else was at work
+        start = time.perf_counter()
+        page = page_of(report, layer=3, head=1, token=77)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 5
     assert page.locator("*").count() < 3_000  # what a browser has to lay out
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
     assert_shows(page, report, 3, 1, 77)
