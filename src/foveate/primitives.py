@@ -13,6 +13,11 @@ from foveate.positions import Pairs
 from foveate.problem import Problem, without_autocast
 
 
+def is_near(x: Tensor) -> bool:
+    """Whether a look at its numbers costs nothing: for those on an accelerator the host would wait."""
+    return x.device.type == "cpu"
+
+
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q·kᵀ, over grouped heads without repeating k; a row or key that is not finite gives NaN.
 
@@ -42,7 +47,7 @@ def without_unseen(x: Tensor, seen: Tensor) -> Tensor:
 
     seen is `[batch or 1, query heads or 1, keys or 1]`; a key head is seen if one query head of its group sees it.
     """
-    if seen.device.type == "cpu" and not torch.compiler.is_compiling() and bool(seen.all()):
+    if is_near(seen) and not torch.compiler.is_compiling() and bool(seen.all()):
         return x
     if seen.shape[1] > 1:
         seen = seen.unflatten(1, (x.shape[1], -1)).any(2)

@@ -109,9 +109,7 @@ class Bias:
         return (self.full() != -math.inf).any(2)
 
     def apply(self, scores: Tensor, at: Pairs) -> Tensor:
-        bias = at.of(self.full()).to(scores.dtype)
-        # Not a plain sum: a hidden key stays hidden even if its score is NaN.
-        return torch.where(bias == -math.inf, -math.inf, scores + bias)
+        return hidden_or_added(scores, at.of(self.full()))
 
     def collect(self, gradient: Tensor, at: Pairs, total: Tensor) -> None:
         view = at.of(total.view(self.full().shape))
@@ -123,6 +121,12 @@ class Bias:
 
     def write(self, name: Name) -> str:
         return f"bias({name(self.tensor)})"
+
+
+def hidden_or_added(scores: Tensor, bias: Tensor) -> Tensor:
+    """The sum, where a key of bias −inf stays hidden even if its score is NaN."""
+    bias = bias.to(scores.dtype)
+    return torch.where(bias == -math.inf, -math.inf, scores + bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,9 @@ def signature(
     if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
         return None
     device = q.device
-    if torch.is_autocast_enabled(device.type):
+    if not q.is_cpu:  # there PyTorch is asked each time: its answer depends on its switches, too
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (

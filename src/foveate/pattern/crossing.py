@@ -16,7 +16,7 @@ from foveate.pattern.lists import Lists, is_listed, lists
 from foveate.pattern.memory import summarise
 from foveate.pattern.summary import Summary
 
-_SUMMARY = "summary"
+SUMMARY = "summary"
 
 
 def cannot_cross(pattern: Pattern | None, q: Tensor) -> list[str]:
@@ -43,7 +43,7 @@ def written(
     tensors = [thing for thing in held if isinstance(thing, Tensor)]
     if len(tensors) < len(held):
         summary = summarise(pattern, batch, heads, queries, keys, query_start, tile)
-        return _SUMMARY, [summary.offsets, summary.columns, summary.partial, summary.bits]
+        return SUMMARY, [summary.offsets, summary.columns, summary.partial, summary.bits]
     return spec, tensors
 
 
@@ -60,7 +60,7 @@ def tiles(
     """The summary of what `written` wrote, None for no pattern."""
     if not spec:
         return None
-    if spec == _SUMMARY:
+    if spec == SUMMARY:
         return Summary(queries, keys, tile, *held)
     return summarise(parse(spec, held), batch, heads, queries, keys, query_start, tile)
 
@@ -69,7 +69,7 @@ def listed(
     spec: str, held: Sequence[Tensor], batch: int, heads: int, queries: int, keys: int, query_start: int | Tensor
 ) -> Lists | None:
     """The lists of what `written` wrote; None for a pattern that is more than a selection, or none."""
-    if not spec or spec == _SUMMARY or "selected(" not in spec:
+    if not spec or spec == SUMMARY or "selected(" not in spec:
         return None
     pattern = parse(spec, held)
     return lists(pattern, batch, heads, queries, keys, query_start) if is_listed(pattern) else None

@@ -14,7 +14,7 @@ Memory": https://arxiv.org/abs/2112.05682
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -23,10 +23,13 @@ from torch import Tensor
 from foveate.errors import unsupported
 from foveate.normalizers import Rowwise
 from foveate.normalizers import parse as parse_normalizer
-from foveate.pattern.crossing import cannot_cross, tiles, written
+from foveate.pattern.algebra import Pattern
+from foveate.pattern.catalogue import parse as parse_pattern
+from foveate.pattern.crossing import SUMMARY, cannot_cross, tiles, written
+from foveate.pattern.interval import is_interval, span
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, grid
-from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, is_near, raw_scores, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator, without_autocast
 from foveate.score import Score
 from foveate.score import parse as parse_score
@@ -66,12 +69,16 @@ def run(problem: Problem) -> Result:
 
 @dataclass(frozen=True)
 class _Call:
-    """What both passes share: the tensors, the tiles, and the scores of one box of pairs."""
+    """What both passes share: the tensors, the tiles, and the scores of one box of pairs.
+
+    Of the pattern there is its `summary`, or itself as an `interval`, or neither where all is visible.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     summary: Summary | None
+    interval: Pattern | None
     score: Score | None
     start: int | Tensor
     scale: float
@@ -88,9 +95,10 @@ class _Call:
         """Each box of rows that share their tiles, with its segments of keys and the masks of partial tiles."""
         heads, queries, keys = self.q.shape[1], self.q.shape[2], self.k.shape[2]
         if self.summary is None:
-            whole: Segments = [(slice(at, min(at + _KEYS, keys)), []) for at in range(0, keys, _KEYS)]
             for row in range(0, queries, 2 * _TILE):
                 rows = slice(row, min(row + 2 * _TILE, queries))
+                first, end = self._span(rows)
+                whole: Segments = [(slice(at, min(at + _KEYS, end)), []) for at in range(first, end, _KEYS)]
                 for part in self._batches():
                     yield (part, slice(0, heads), rows, slice(0, keys)), whole
             return
@@ -105,6 +113,13 @@ class _Call:
                     for part in self._batches() if summary.batch == 1 else [slice(b, b + 1)]:
                         some = slice(h, h + 1) if summary.heads > 1 else slice(0, heads)
                         yield (part, some, rows, slice(0, keys)), segments
+
+    def _span(self, rows: slice) -> tuple[int, int]:
+        """The keys that these rows may see, as far as it is known without a look at any tensor."""
+        keys = self.k.shape[2]
+        if self.interval is None or isinstance(self.start, Tensor):
+            return 0, keys
+        return span(self.interval, self.start + rows.start, rows.stop - rows.start, keys)
 
     def _batches(self) -> list[slice]:
         """The batch in parts, so that a box holds a bounded number of scores."""
@@ -183,6 +198,8 @@ class _Call:
             scores = scores.clone()  # the slope of the cap is asked of what no mask has touched
         for place, mask in masks:
             scores[..., place].masked_fill_(~mask, -math.inf)
+        if self.interval is not None:
+            scores = scores.masked_fill(~self.interval.visible(self.at(box)), -math.inf)
         return scores, capped
 
     def kept(self, box: Box) -> Tensor | None:
@@ -204,14 +221,23 @@ def _call(
     start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
 ) -> _Call:  # fmt: skip
     position = start if starts is None else starts
-    summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], position, _TILE)
-    if summary is not None and summary.offsets.device != q.device:
-        parts = (summary.offsets, summary.columns, summary.partial, summary.bits)
-        summary = Summary(q.shape[2], k.shape[2], _TILE, *(part.to(q.device) for part in parts))
-    finite = all(_is_finite(x) for x in (q, k, v))
     parsed = parse_score(score, tensors) if score else None
     rowwise = parse_normalizer(normalizer) if normalizer else None
-    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, rowwise, finite)
+    summary, interval = _visible(pattern, held, q, k, position)
+    finite = is_near(q) and all(_is_finite(x) for x in (q, k, v))
+    return _Call(q, k, v, summary, interval, parsed, position, scale, dropout, seed, rowwise, finite)
+
+
+def _visible(
+    pattern: str, held: Sequence[Tensor], q: Tensor, k: Tensor, start: int | Tensor
+) -> tuple[Summary | None, Pattern | None]:
+    """(summary, None), or (None, interval) where the host would have to wait for what the summary says."""
+    if not is_near(q) and pattern and pattern != SUMMARY and is_interval(interval := parse_pattern(pattern, held)):
+        return None, interval
+    summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], start, _TILE)
+    if summary is not None and summary.bits.device != q.device:  # its lists stay where they are: the host reads them
+        summary = replace(summary, bits=summary.bits.to(q.device))
+    return summary, None
 
 
 @torch.library.custom_op("foveate::chunked_forward", mutates_args=())
