@@ -20,7 +20,7 @@ from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, whole
+from foveate.values import describe, is_near, whole
 
 _CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
@@ -128,7 +128,7 @@ def _weights(
 
 def _is_clean(call: Problem) -> bool:
     """Whether it is known that neither q nor k holds a NaN, which saves five passes over k for every block."""
-    if call.q.device.type != "cpu" or torch.compiler.is_compiling() or call.is_transformed:
+    if not is_near(call.q) or torch.compiler.is_compiling() or call.is_transformed:
         return False
     return not bool(call.q.isnan().any()) and not bool(call.k.isnan().any())
 
@@ -154,6 +154,6 @@ def _cost(call: Problem) -> int:
 
 
 def _limit(call: Problem) -> int:
-    if call.q.device.type != "cpu":
+    if not is_near(call.q):
         return _GPU
     return max(_CPU, min(16 * _cost(call), _MOST))  # a part adds to the gradients of all keys: worth 16 rows

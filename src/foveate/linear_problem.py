@@ -21,7 +21,7 @@ from foveate.pattern.packing import Documents, PackedDocuments
 from foveate.pattern.packing import documents as by_ids
 from foveate.positions import Extent
 from foveate.problem import accumulator, autocast, check_tensors, without_autocast
-from foveate.values import describe, floating
+from foveate.values import describe, floating, is_near
 
 Feature = Callable[[Tensor], Tensor]
 
@@ -72,11 +72,14 @@ class LinearProblem:
         if self.normalize:
             out, total = out[..., :-1], out[..., -1:]
             s, z = state[..., :-1], state[..., -1]
+            wanted = (
+                "wanted a feature map whose products φ(q)·φ(k) are never negative, such as elu_plus_one, "
+                "or normalize=False"
+            )
             if is_known(total) and bool((total < 0).any()):
-                raise InvalidInput(
-                    f"a normaliser is {total.min().item():.3g}: wanted a feature map whose products φ(q)·φ(k) are "
-                    "never negative, such as elu_plus_one, or normalize=False"
-                )
+                raise InvalidInput(f"a normaliser is {total.min().item():.3g}: {wanted}")
+            if is_far(total):
+                torch._assert_async((~(total < 0)).all(), f"a normaliser is negative: {wanted}")
             empty = total == 0
             out = (out / total.masked_fill(empty, 1)).masked_fill(empty, 0)
         if self.skipped is not None and self.causal:
@@ -135,10 +138,15 @@ def linear_problem(
 
 
 def is_known(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be looked at now: not inside a graph or a transform, nor without data."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
+    """Whether the tensor's numbers can be looked at now: not in a graph or a transform, without data, or far away."""
+    if torch.compiler.is_compiling() or not is_near(tensor) or not tensor.numel():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_far(tensor: Tensor) -> bool:
+    """Whether its numbers lie on CUDA, where the host does not wait for them: the device is told to stop instead."""
+    return tensor.is_cuda and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _featured(
@@ -186,11 +194,11 @@ def _decay(decay: Tensor | None, batch: int, heads: int, steps: int, k: Tensor, 
     if decay is None:
         return None
     decay = _per_step(decay, "decay", [batch, heads, steps, k.shape[3]], k, wide)
+    wanted = "wanted natural logarithms, which are at most 0; take .log() of a factor between 0 and 1"
     if is_known(decay) and (top := _extremes(decay)[1]) > 0:
-        raise InvalidInput(
-            f"decay goes up to {top:.3g}: wanted natural logarithms, which are at most 0; "
-            "take .log() of a factor between 0 and 1"
-        )
+        raise InvalidInput(f"decay goes up to {top:.3g}: {wanted}")
+    if is_far(decay):
+        torch._assert_async((~(decay > 0)).all(), f"a decay is above 0: {wanted}")
     return decay
 
 
@@ -200,13 +208,13 @@ def _beta(
     if beta is None:
         return None
     beta = _per_step(beta, "beta", [batch, heads, steps], k, wide)
+    wanted = "wanted 0 to 2 (mostly 0 to 1) for the delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
     if delta_rule and is_known(beta):
         low, top = _extremes(beta)
         if low < 0 or top > 2:
-            raise InvalidInput(
-                f"beta goes from {low:.3g} to {top:.3g}: wanted 0 to 2 (mostly 0 to 1) for the "
-                "delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
-            )
+            raise InvalidInput(f"beta goes from {low:.3g} to {top:.3g}: {wanted}")
+    if delta_rule and is_far(beta):
+        torch._assert_async((~((beta < 0) | (beta > 2))).all(), f"a beta is below 0 or above 2: {wanted}")
     return beta
 
 

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from foveate.positions import Pairs
 from foveate.problem import Problem, without_autocast
-
-
-def is_near(x: Tensor) -> bool:
-    """Whether a look at its numbers costs nothing: for those on an accelerator the host would wait."""
-    return x.device.type == "cpu"
+from foveate.values import is_near
 
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:

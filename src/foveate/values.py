@@ -73,6 +73,11 @@ def identity(value: Any) -> Any:
     return value
 
 
+def is_near(x: Tensor) -> bool:
+    """Whether a look at its numbers costs nothing: for those on an accelerator the host would wait."""
+    return x.device.type == "cpu"
+
+
 def whole(value: object, what: str, least: int) -> int:
     """`value` as an int of at least `least`, or a clear error that names it."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.linear_problem import LinearProblem, is_known
+from foveate.values import is_near
 
 _CHUNKS = 16, 64  # the fewest and the most steps in a chunk, unless there are fewer
 _NOTHING = -1000.0  # its exponential is 0 in every dtype, and its sums stay finite
@@ -51,7 +52,7 @@ def run(problem: LinearProblem, chunk: int | None = None) -> tuple[Tensor, Tenso
 def _is_finite(problem: LinearProblem) -> bool:
     """Whether it is known that all is finite: on a CPU a look at the extremes is cheap, elsewhere it would wait."""
     looked = [x for x in (problem.k, problem.v, problem.state, problem.beta, problem.decay) if x is not None]
-    if any(x.device.type != "cpu" or (x.numel() and not is_known(x)) for x in looked):
+    if any(not is_near(x) or (x.numel() and not is_known(x)) for x in looked):
         return False
     for x in looked:
         low, high = (float(end.detach()) for end in x.aminmax()) if x.numel() else (0.0, 0.0)

@@ -1,26 +1,40 @@
 """Patterns whose every query sees one run of keys: [low, high), worked out for all queries at once.
 
-Causal, windows, prefixes, chunks, padded lengths and documents laid end to end, and all of these together. Nothing is
-looked at on the way: where the lengths lie on a GPU, the host never waits for them.
+Causal, windows, prefixes, chunks, padded lengths and documents laid end to end, all of these together, and `|` of those
+that start at the first key. Nothing is looked at on the way: for lengths on a GPU the host never waits.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from foveate.pattern.algebra import And, Pattern
+from foveate.pattern.algebra import And, Or, Pattern
 from foveate.pattern.packing import PackedDocuments, PaddingLengths
 from foveate.pattern.positional import Causal, Chunks, Prefix, Window
 
 _KINDS = (Causal, Window, Prefix, Chunks, PaddingLengths, PackedDocuments)
 _Bound = int | Tensor | None
+_FAR = 1 << 62  # a limit that is none
 
 
 def is_interval(pattern: Pattern) -> bool:
     """Whether every query sees one run of keys, wherever it stands."""
     return all(
-        isinstance(part, _KINDS) and not (isinstance(part, Window) and part.step > 1) for part in _parts(pattern)
+        all(map(_starts_at_first, part.parts)) if isinstance(part, Or) else _is_run(part) for part in _parts(pattern)
+    )
+
+
+def _is_run(part: Pattern) -> bool:
+    return isinstance(part, _KINDS) and not (isinstance(part, Window) and part.step > 1)
+
+
+def _starts_at_first(pattern: Pattern) -> bool:
+    return all(
+        _is_run(part) and not isinstance(part, Chunks | PackedDocuments) and getattr(part, "left", None) is None
+        for part in _parts(pattern)
     )
 
 
@@ -73,5 +87,27 @@ def _run(part: Pattern, query: int | Tensor) -> tuple[_Bound, _Bound]:
             inside, number = number >= 0, number.clamp(min=0)
             last = (number + 1).clamp(max=offsets.shape[0] - 1)  # the offsets of no document have no next one
             return torch.where(inside, offsets[number], query), torch.where(inside, offsets[last], query)
+        case Or(parts=alternatives):
+            return None, functools.reduce(_greater, (_end(alternative, query) for alternative in alternatives))
         case _:
             raise AssertionError(part)
+
+
+def _end(pattern: Pattern, query: int | Tensor) -> int | Tensor:
+    """Where the run of a pattern ends that starts at the first key."""
+    nearest: int | Tensor = _FAR
+    for _, end in (_run(part, query) for part in _parts(pattern)):
+        nearest = nearest if end is None else _less(nearest, end)
+    return nearest
+
+
+def _less(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+    if isinstance(one, Tensor):
+        return one.clamp(max=other)
+    return other.clamp(max=one) if isinstance(other, Tensor) else min(one, other)
+
+
+def _greater(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+    if isinstance(one, Tensor):
+        return one.clamp(min=other)
+    return other.clamp(min=one) if isinstance(other, Tensor) else max(one, other)

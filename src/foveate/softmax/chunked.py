@@ -29,10 +29,11 @@ from foveate.pattern.crossing import SUMMARY, cannot_cross, tiles, written
 from foveate.pattern.interval import is_interval, span
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, grid
-from foveate.primitives import dropout_mask, group, is_near, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator, without_autocast
 from foveate.score import Score
 from foveate.score import parse as parse_score
+from foveate.values import is_near
 
 _TILE = 128  # rows at once, and the grain at which empty tiles are skipped
 _KEYS = 2048  # keys at once: a segment's scores stay in the cache
