@@ -53,7 +53,8 @@ def leaf_makers() -> dict[str, object]:
         return torch.where(torch.rand(shape, generator=generator) < 0.1, -1, steps.long().cumsum(-1))
 
     def offsets(call: Call, generator: torch.Generator) -> Tensor:
-        return torch.cat([torch.zeros(1), torch.randint(0, 9, (5,), generator=generator).cumsum(0)]).long()
+        ends = torch.randint(0, 9, (5,), generator=generator).cumsum(0).clamp(max=call.last)
+        return torch.cat([torch.zeros(1), ends]).long()
 
     def flags(shape: tuple[int, ...], generator: torch.Generator, share: float) -> Tensor:
         return torch.rand(shape, generator=generator) < share
@@ -83,7 +84,7 @@ def leaf_makers() -> dict[str, object]:
         "documents": lambda d, c, g: fv.documents(ids(c, g, c.last, d(st.sampled_from([1, 2])))),
         "documents pairs": lambda d, c, g: fv.documents(ids(c, g, c.queries, 2), ids(c, g, c.keys, 1)),
         "documents offsets": lambda d, c, g: fv.documents(cu_seqlens=offsets(c, g)),
-        "padding": lambda d, c, g: fv.padding(torch.randint(0, c.keys + 2, (c.batch,), generator=g)),
+        "padding": lambda d, c, g: fv.padding(torch.randint(0, c.keys + 1, (c.batch,), generator=g)),
         "padding keep": lambda d, c, g: fv.padding(flags((c.batch, c.keys), g, 0.8)),
         "global_tokens": lambda d, c, g: fv.global_tokens(d(st.lists(st.integers(-2, 20), max_size=3))),
         "global_tokens boolean": lambda d, c, g: fv.global_tokens(flags((c.batch, c.last), g, 0.3)),

@@ -53,7 +53,7 @@ class Draw:
                 return self.normal(*shape)
 
     def pattern(self, batch: int, heads: int, queries: int, keys: int) -> fv.Pattern | None:
-        lengths = torch.randint(7 if self.several else -1, keys + 2, (batch,), generator=self.generator)
+        lengths = torch.randint(7 if self.several else 0, keys + 1, (batch,), generator=self.generator)
         mask = torch.rand(batch, 1, queries, keys, generator=self.generator) > self.pick(
             0.02, 0.3, 0.6 if self.several else 0.98
         )

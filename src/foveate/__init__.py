@@ -43,16 +43,6 @@ _ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an at
 __all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"foveate.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
 def __dir__() -> list[str]:
     return [*__all__, *_ROOMS, "__version__"]
 
@@ -120,3 +110,13 @@ if TYPE_CHECKING:
     )
     from foveate.score import Score, alibi, alibi_slopes, bias, relative_bias, sinks, softcap
     from foveate.see.watching import watch
+else:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"foveate.{name}")
+        if name not in _MODULE_OF:
+            raise importlib.import_module("foveate.names").UnknownName("foveate", name)
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value

@@ -20,7 +20,7 @@ from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, whole
+from foveate.values import describe, number, whole
 
 _CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
@@ -63,10 +63,8 @@ def local(call: Problem, center: Tensor, width: int, sigma: float | None, vector
     """Attention to the keys at most `width` from a center, which gets its gradient from the Gaussian."""
     _, heads, queries, keys = call.shape
     width = whole(width, "the width", 0)
-    if sigma is None:
-        sigma = width / 2
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not sigma > 0:
-        raise InvalidInput(f"sigma is {sigma!r}: wanted a positive number, math.inf for no Gaussian")
+    wanted = "a positive number, math.inf for no Gaussian"
+    sigma = number(width / 2 if sigma is None else sigma, "sigma", wanted, above=0)
     shapes = [(call.shape[0], some, queries) for some in (heads, 1)]
     if not isinstance(center, Tensor) or not center.dtype.is_floating_point or tuple(center.shape) not in shapes:
         raise InvalidInput(

@@ -19,6 +19,7 @@ from foveate.positions import Pairs
 from foveate.primitives import normalized, raw_scores
 from foveate.problem import Problem, accumulator, without_autocast
 from foveate.softmax import native
+from foveate.values import whole
 
 _ENTRIES_AT_ONCE = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -58,9 +59,7 @@ def weights(
 
 def looked(problem: Problem, k: int = 16) -> Looked:
     """The k largest weights of every row, what is left, and what every key received: O(N · k) memory."""
-    if k < 1:
-        raise InvalidInput(f"k is {k}: wanted at least 1")
-    k = min(k, problem.k.shape[2])
+    k = min(whole(k, "k", 1), problem.k.shape[2])
     with torch.no_grad():
         given = replace(problem, dropout=0.0)  # what was looked at, not what training dropped of it
         return _by_rows_of_weights(given, k) if native.refuses(given) else _by_kernels(given, k)

@@ -39,6 +39,7 @@ class Choice:
 
     chosen: str
     refusals: dict[str, list[str]]
+    note: str = ""
 
     def __str__(self) -> str:
         width = max(map(len, self.refusals))
@@ -48,7 +49,7 @@ class Choice:
             lines.append(f"{'→' if name == self.chosen else ' '} {name:<{width}}  {word}")
             if name == self.chosen and name in _NOTES:
                 lines.append(f"  {'':<{width}}  note: {_NOTES[name]}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
 
     __repr__ = __str__
 
@@ -92,14 +93,22 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
         implementation(backend)  # an unknown name is an error of its own
         if refusals[backend]:
             raise unsupported({backend: refusals[backend]})
-        return Choice(backend, refusals)
+        return Choice(backend, refusals, _looks_odd(problem))
     for name in NAMES:
         if not refusals[name]:
             refusals[name] = _automatic(name, problem)
     for name in NAMES:
         if not refusals[name]:
-            return Choice(name, refusals)
+            return Choice(name, refusals, _looks_odd(problem))
     raise unsupported(refusals)
+
+
+def _looks_odd(problem: Problem) -> str:
+    """What is right, and yet is seldom meant: more heads than tokens are rather tokens where heads belong."""
+    _, heads, queries, keys = problem.shape
+    if not heads == problem.k.shape[1] > queries >= keys > 1:
+        return ""
+    return f"q has {heads} heads and {queries} queries; if it is [batch, length, heads, dim], give q.transpose(1, 2)"
 
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:

@@ -25,7 +25,7 @@ from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe
+from foveate.values import describe, integers, number, positive
 
 _SCORES = 1 << 20  # scores at once: a part stays in the cache
 
@@ -49,8 +49,7 @@ def check(call: Problem, temperature: float = 1.0) -> None:
     """Raise `InvalidInput` for what hard attention has no meaning for."""
     if call.score is not None and call.score.sinks is not None:
         raise InvalidInput("hard attention chooses a key, and a sink is none: drop the sinks")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise InvalidInput(f"the temperature is {temperature!r}: wanted a positive, finite number")
+    positive(temperature, "the temperature")
 
 
 def seed_of(generator: torch.Generator | None) -> int:
@@ -83,12 +82,11 @@ def sampled(
     call: Problem, generator: torch.Generator | None, choices: Tensor | None = None, soft_share: float = 0.0
 ) -> Chosen:
     """One key a row, drawn with the weights as probabilities (or given); a share of the batch takes the mean."""
-    if not isinstance(soft_share, int | float) or not 0 <= soft_share <= 1:
-        raise InvalidInput(f"soft_share is {soft_share!r}: wanted a share from 0 to 1")
+    soft_share = number(soft_share, "soft_share", "a share from 0 to 1", least=0, most=1)
     shape = call.shape[:3]
     if choices is None:
         choices = _draw(call, generator)
-    elif choices.shape != shape or choices.dtype.is_floating_point or choices.dtype == torch.bool:
+    elif (choices := integers(choices, "the choices", [2, 3])).shape != shape:
         raise InvalidInput(
             f"the choices are {describe(choices)}: wanted integers [batch, heads, queries] = {list(shape)}"
         )

@@ -44,7 +44,7 @@ def hash_of(
     whole(chunk, "the chunk of lsh_attention", 1)
     whole(rounds, "the rounds of lsh_attention", 1)
     factors = _default(call.shape[2], chunk) if buckets is None else buckets
-    factors = factors if isinstance(factors, tuple) else (factors,)
+    factors = tuple(factors) if isinstance(factors, tuple | list) else (factors,)
     for factor in factors:
         if whole(factor, "the buckets of lsh_attention", 2) % 2:
             raise InvalidInput(f"the buckets of lsh_attention are {factors}: wanted even numbers, one half being the "

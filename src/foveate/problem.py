@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
-from foveate.pattern.given import from_mask
+from foveate.pattern.given import as_pattern
 from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.score import sinks as sinks_of
-from foveate.values import describe, integers
+from foveate.values import describe, dropout_of, integers, is_listed, scale_of, whole
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -124,15 +125,8 @@ def problem(
     check_tensors(q, k, v)
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     start = _check_start(query_start, q, keys)
-    if isinstance(pattern, Tensor):
-        if pattern.dtype != torch.bool:
-            raise InvalidInput(
-                f"the pattern is {describe(pattern)}: a boolean tensor (True = may attend) is a mask; "
-                "give a float tensor as score="
-            )
-        pattern = from_mask(pattern)
-    if pattern is not None and not isinstance(pattern, Pattern):
-        raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern or a boolean tensor")
+    if pattern is not None:
+        pattern = as_pattern(pattern)
     if isinstance(score, Tensor):
         score = bias(score)
     if score is not None and not isinstance(score, Score):
@@ -146,15 +140,12 @@ def problem(
         reasons = part.misfits(extent) if part is not None else []
         if reasons:
             raise InvalidInput("; ".join(reasons))
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
-    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise InvalidInput(f"seed is {seed!r}: wanted a whole number of 64 bits, or None")
+    dropout = dropout_of(dropout)
+    if seed is not None:
+        seed = whole(seed, "seed", -(2**63), 2**63 - 1, "a whole number of 64 bits, or None")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
-    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse, rowwise)
+    return Problem(q, k, v, pattern, score, scale_of(scale), start, dropout, seed, needs_lse, rowwise)
 
 
 def _check_normalizer(
@@ -221,13 +212,16 @@ def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.shape[3] != k.shape[3]:
         return "the same head size (last dimension) in q and k"
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        return "query heads that are a multiple of the key heads"
+        turned = " ([batch, length, heads, dim] becomes so by transpose(1, 2))" if q.shape[2] == k.shape[2] else ""
+        return f"[batch, heads, length, dim]{turned}, with query heads that are a multiple of the key heads"
     return ""
 
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
     if query_start is None:
         return keys - q.shape[2]
+    if is_listed(query_start):
+        query_start = integers(query_start, "query_start", [1]).to(q.device)
     if isinstance(query_start, Tensor):
         query_start = integers(query_start, "query_start", [0, 1])
         if query_start.dim() == 0:
@@ -237,8 +231,11 @@ def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int 
         if query_start.device != q.device:
             raise InvalidInput(f"query_start is on {query_start.device} but q is on {q.device}: move it")
         return query_start
-    if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
-        raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or an integer tensor [batch]")
-    if isinstance(query_start, int) and abs(query_start) > _FURTHEST:
+    if isinstance(query_start, torch.SymInt):
+        return query_start
+    if isinstance(query_start, bool) or not isinstance(query_start, numbers.Integral):
+        raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or integers [batch]")
+    query_start = int(query_start)
+    if abs(query_start) > _FURTHEST:
         raise InvalidInput(f"query_start is {query_start}: wanted a position between −2⁶¹ and 2⁶¹")
     return query_start

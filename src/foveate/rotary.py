@@ -14,15 +14,18 @@ training, the frequencies θ are stretched by one of four laws:
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
+from foveate.names import explained_names
 from foveate.problem import accumulator, is_transformed
-from foveate.values import describe, integers, whole
+from foveate.values import describe, integers, no_number, number, positive, whole
+from foveate.words import explained, explained_class
 
 
 @runtime_checkable
@@ -51,6 +54,7 @@ def frequencies(dim: int, base: float | Tensor, device: torch.device | None = No
     return result
 
 
+@explained_class
 @dataclass(frozen=True)
 class Linear:
     """Position interpolation: θ / factor, https://arxiv.org/abs/2306.15595."""
@@ -65,6 +69,7 @@ class Linear:
         return frequencies(dim, base, positions.device) / self.factor
 
 
+@explained_class
 @dataclass(frozen=True)
 class DynamicNTK:
     """base · (factor · length / original_length − (factor − 1))^(dim / (dim − 2)), for texts beyond original_length.
@@ -88,6 +93,7 @@ class DynamicNTK:
         return frequencies(dim, base * stretch ** (dim / (dim - 2)), positions.device)
 
 
+@explained_class
 @dataclass(frozen=True)
 class YaRN:
     """θ / factor for pairs that turn less than beta_slow times in original_length, θ above beta_fast, a ramp between.
@@ -127,6 +133,7 @@ class YaRN:
         return plain / self.factor * ramp + plain * (1 - ramp)
 
 
+@explained_class
 @dataclass(frozen=True)
 class Llama3:
     """θ / factor for pairs that turn less than slow times in original_length, θ above fast, a ramp between.
@@ -155,10 +162,11 @@ class Llama3:
 def _check(law: Any, *names: str) -> None:
     for name in names:
         value = getattr(law, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InvalidInput(f"{name} of {type(law).__name__} is {value!r}: wanted a positive, finite number")
+        positive(value, f"{name} of {type(law).__name__}")
+        object.__setattr__(law, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
+@explained
 def grid(*sizes: int, device: torch.device | None = None) -> Tensor:
     """The positions of the places of a grid, row by row: `[axes, places]`, as `AxialRotary` takes them.
 
@@ -173,10 +181,9 @@ def grid(*sizes: int, device: torch.device | None = None) -> Tensor:
 
 def check_size(dim: int, base: float) -> None:
     """Raise `InvalidInput` unless `dim` entries make pairs and `base` is a base."""
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-        raise InvalidInput(f"the rotary dim is {dim!r}: wanted an even number of at least 2: entries turn in pairs")
-    if isinstance(base, bool) or not isinstance(base, int | float) or not 1 < base < math.inf:
-        raise InvalidInput(f"the rotary base is {base!r}: wanted a finite number above 1")
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral | torch.SymInt) or dim < 2 or dim % 2:
+        raise no_number(dim, "the rotary dim", "an even number of at least 2: entries turn in pairs")
+    number(base, "the rotary base", "a finite number above 1", above=1, below=math.inf)
 
 
 def angles(
@@ -268,3 +275,7 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = explained_names(__name__)

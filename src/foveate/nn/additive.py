@@ -164,7 +164,8 @@ class LuongAttention(nn.Module):
         k = self.keys(memory) if keys is None else keys
         if lengths is None:
             return self.query(states)[:, None], k[:, None], None
-        if integers(lengths, "lengths", [1]).shape[0] != memory.shape[0]:
+        lengths = integers(lengths, "lengths", [1])
+        if lengths.shape[0] != memory.shape[0]:
             raise InvalidInput(f"lengths is {describe(lengths)}: wanted [batch] = [{memory.shape[0]}]")
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths > memory.shape[1]).any():
             raise InvalidInput(

@@ -23,7 +23,7 @@ from foveate.nn.pytorch import rename_attention
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles
 from foveate.score import Score
-from foveate.values import describe, whole
+from foveate.values import describe, dropout_of, whole
 
 Attend = Callable[..., Tensor]
 
@@ -100,15 +100,13 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = whole(dim // heads if head_dim is None else head_dim, "the size of a head", 1)
         if rotary is not None and rotary.dim > self.head_dim:
             raise InvalidInput(f"rotary positions turn {rotary.dim} entries but a head has {self.head_dim}")
-        if not 0 <= dropout < 1:
-            raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
         key_from, value_from = context_dim if isinstance(context_dim, tuple) else (context_dim or dim,) * 2
         self.query = nn.Linear(dim, heads * self.head_dim, bias)
         self.key = nn.Linear(key_from, self.key_heads * self.head_dim, bias)
         self.value = nn.Linear(value_from, self.key_heads * self.head_dim, bias)
         self.out = nn.Linear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
         self.rotary, self.query_norm, self.key_norm = rotary, query_norm, key_norm
-        self.attend, self.dropout = attend, dropout
+        self.attend, self.dropout = attend, dropout_of(dropout)
         self.register_load_state_dict_pre_hook(rename_attention)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 

@@ -22,7 +22,7 @@ from foveate.nn.attention import LayerCache
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles, Scaling
-from foveate.values import describe, whole
+from foveate.values import describe, dropout_of, scale_of, whole
 
 
 class LatentAttention(nn.Module):
@@ -72,11 +72,9 @@ class LatentAttention(nn.Module):
         sizes = {"dim": dim, "the number of heads": heads, "latent_dim": latent_dim, "head_dim": head_dim}
         for what, size in {**sizes, "value_dim": value_dim}.items():
             whole(size, what, 1)
-        if not 0 <= dropout < 1:
-            raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
         self.dim, self.heads, self.latent_dim, self.head_dim = dim, heads, latent_dim, head_dim
-        self.rope_dim, self.value_dim, self.dropout = rope_dim, value_dim, dropout
-        self.scale = (head_dim + rope_dim) ** -0.5 if scale is None else scale
+        self.rope_dim, self.value_dim, self.dropout = rope_dim, value_dim, dropout_of(dropout)
+        self.scale = (head_dim + rope_dim) ** -0.5 if scale is None else scale_of(scale)
         self.rotary = Rotary(rope_dim, base=base, interleaved=interleaved, scaling=scaling)
         query_from = dim if query_latent_dim is None else whole(query_latent_dim, "query_latent_dim", 1)
         self.query_latent = None if query_latent_dim is None else nn.Linear(dim, query_from, bias)

@@ -137,6 +137,7 @@ def _positions(x: Tensor, dim: int, positions: Tensor | None) -> Tensor:
         raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {dim}]")
     if positions is None:
         return torch.arange(x.shape[1], device=x.device)
-    if integers(positions, "positions", (1, 2)).shape[-1] != x.shape[1]:
+    positions = integers(positions, "positions", (1, 2))
+    if positions.shape[-1] != x.shape[1]:
         raise InvalidInput(f"positions are {describe(positions)} for x {describe(x)}: wanted one for each token")
     return positions

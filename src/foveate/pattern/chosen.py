@@ -12,6 +12,7 @@ from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
 from foveate.values import Name, describe, integers, whole
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,6 +93,7 @@ class Selected(Pattern):
         return f"selected({name(self.indices)}{f', block={self.block}' if self.block > 1 else ''})"
 
 
+@explained
 def selected(indices: Int[Tensor, "batch heads queries k"], *, block: int = 1) -> Pattern:
     """The keys that are listed for each query: a selection that is made from the data, `fv.selection` say.
 

@@ -19,10 +19,12 @@ from foveate.primitives import group, ungroup
 from foveate.problem import Problem, accumulator, problem
 from foveate.selection.choosing import by_rows, highest, how_many
 from foveate.values import whole
+from foveate.words import explained
 
 Pool = Literal["mean", "bounds"]
 
 
+@explained
 def block_topk(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch key_heads keys dim"],
@@ -69,6 +71,7 @@ def block_topk(
     return _blocks(call, block, top_k, pool, shared, own=False)
 
 
+@explained
 def moba(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch key_heads keys dim"],

@@ -22,6 +22,7 @@ from foveate.primitives import readable
 from foveate.problem import Problem, Result, is_eager, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
+from foveate.values import extremes
 
 try:
     from foveate import _native
@@ -462,14 +463,19 @@ class Pages(NamedTuple):
         """How many keys a batch row can have."""
         return self.table.shape[1] * self.size
 
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Raise `InvalidInput` if a length is longer than the pages."""
+        low, high = extremes(lengths)
+        if low < 0 or high > self.capacity:
+            raise InvalidInput(
+                f"lengths is {lengths.tolist()}: wanted 0 to {self.capacity}, as many keys as {self.table.shape[1]} "
+                f"pages of {self.size} hold"
+            )
+
     def check(self, lengths: Tensor) -> None:
         """Raise `InvalidInput` if a length is longer than the pages, or a page that it needs is not there."""
+        self.check_lengths(lengths)
         count, places = self.key_pages.shape[0], self.table.shape[1]
-        if bool(((lengths < 0) | (lengths > self.capacity)).any()):
-            raise InvalidInput(
-                f"lengths is {lengths.tolist()}: wanted 0 to {self.capacity}, as many keys as {places} pages of "
-                f"{self.size} hold"
-            )
         needed = torch.arange(places, device=self.table.device) * self.size < lengths[:, None]
         outside = needed & ((self.table < 0) | (self.table >= count))
         if bool(outside.any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Sequence
 
 from torch import nn
@@ -61,7 +62,7 @@ def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> s
         if isinstance(one, str):
             found = [name for name in names if f".{one}." in f".{name}."]
         else:
-            found = [names[one]] if isinstance(one, int) and -len(names) <= one < len(names) else []
+            found = [names[one]] if isinstance(one, numbers.Integral) and -len(names) <= one < len(names) else []
         if not found:
             raise InvalidInput(
                 f"{what} names {one!r}, which is no attention layer: wanted 0 to {len(names) - 1}, or a name such as "

@@ -18,6 +18,7 @@ from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
+from foveate.words import explained
 
 NAME = "foveate"
 TESTED = "5.23"  # docs/models.md says what was compared
@@ -26,6 +27,7 @@ _PATCHED: weakref.WeakKeyDictionary[nn.Module, Patched] = weakref.WeakKeyDiction
 _POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
 
 
+@explained
 def register() -> None:
     """Make `attn_implementation="foveate"` known to transformers, for the whole process; again does nothing more.
 
@@ -39,6 +41,7 @@ def register() -> None:
     masks.register(NAME, mask)
 
 
+@explained
 def unregister() -> None:
     """Take `attn_implementation="foveate"` from transformers again.
 
@@ -92,6 +95,7 @@ class Patched:
         return f"<Patched {self._name}: {len(self.layers)} attention layers{beside}>"
 
 
+@explained
 def patch(
     model: nn.Module,
     pattern: Pattern | None = None,
@@ -145,6 +149,7 @@ def patch(
     return patched
 
 
+@explained
 def unpatch(model: nn.Module) -> None:
     """Give a model that `patch` changed back as it was before.
 
