@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import unknown_name, unsupported
 from foveate.leads import leads
 from foveate.linear_problem import LinearProblem, LinearState
@@ -109,9 +110,15 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
             observer(problem)
     chosen = decide(problem, backend)
     if problem.dropout and problem.seed is None:  # drawn only now that the call will run
-        problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
+        problem = replace(problem, seed=_draw_seed(problem))
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def _draw_seed(problem: Problem) -> int | Tensor:
+    """A seed from torch's default generator; as a tensor where a graph, a trace or a transform has to see it drawn."""
+    drawn = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+    return int(drawn) if is_eager(problem.q, problem.k, problem.v) else drawn
 
 
 def decide(problem: Problem, backend: str = "auto") -> Implementation:

@@ -45,7 +45,7 @@ from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
 from foveate.rotary import Scaling, angles, check_size, turn
 from foveate.score import Score
-from foveate.values import describe
+from foveate.values import dense, describe
 
 
 def attention(
@@ -196,7 +196,7 @@ def merge(
             raise InvalidInput(
                 f"merge was given a {type(pair).__name__} among its parts: wanted a list of (out, lse) pairs"
             )
-        out, lse = pair
+        out, lse = (dense(x, "a part of merge") for x in pair)
         if out.shape != first.shape or out.dtype != first.dtype or out.shape[:-1] != lse.shape:
             raise InvalidInput(
                 f"merge was given out {describe(out)} with lse {describe(lse)} beside out {describe(first)}: "
@@ -820,7 +820,7 @@ def rope(
     >>> torch.allclose(near, far)
     True
     """
-    dim = x.shape[-1] if dim is None else dim
+    dim = dense(x, "x").shape[-1] if dim is None else dim
     check_size(dim, base)
     return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)
 

@@ -53,13 +53,13 @@ def check(call: Problem, temperature: float = 1.0) -> None:
         raise InvalidInput(f"the temperature is {temperature!r}: wanted a positive, finite number")
 
 
-def seed_of(generator: torch.Generator | None) -> int:
-    """A seed of 63 bits from a generator, or from torch's default one."""
+def seed_of(generator: torch.Generator | None) -> Tensor:
+    """A seed of 63 bits from a generator, or from torch's default one; a tensor, so that a graph sees it drawn."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device).item())
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)
 
 
-def straight_through(call: Problem, temperature: float, seed: int | None) -> Chosen:
+def straight_through(call: Problem, temperature: float, seed: Tensor | None) -> Chosen:
     """The largest of scores (+ Gumbel noise, if there is a seed) forward, their softmax(· / temperature) backward."""
 
     def compute(batch: slice, rows: slice, held: list[Tensor]) -> tuple[Tensor, ...]:

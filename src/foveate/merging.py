@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.problem import accumulator
-from foveate.values import describe, floating, integers
+from foveate.values import dense, describe, floating, integers
 
 
 def by_gates(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
@@ -21,6 +21,8 @@ def by_gates(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
     if not parts:
         raise InvalidInput("merge_by_gates was given no outs: wanted at least one")
     for part in parts:
+        if isinstance(part, Tensor):
+            dense(part, "an out of merge_by_gates")
         if not isinstance(part, Tensor) or part.shape != parts[0].shape or part.dtype != parts[0].dtype:
             raise InvalidInput(
                 f"merge_by_gates was given {describe(part)} beside {describe(parts[0])}: wanted one shape and dtype"

@@ -62,8 +62,30 @@ def describe(thing: object) -> str:
     """A tensor inside a repr, `<int64 2×17>`; anything else by its name or its type."""
     if not isinstance(thing, Tensor):
         return getattr(thing, "__name__", type(thing).__name__)
-    size = "×".join(f"{n}" for n in thing.shape) or "scalar"
+    nested = thing.is_nested and thing.layout is torch.strided  # which has no sizes
+    size = "nested" if nested else "×".join(f"{n}" for n in thing.shape) or "scalar"
     return f"<{str(thing.dtype).removeprefix('torch.')} {size}>"
+
+
+def dense(tensor: Tensor, what: str) -> Tensor:
+    """`tensor`, if its numbers lie in rows; a clear error that names it for sparse, nested and mkldnn ones."""
+    if tensor.is_nested:
+        raise InvalidInput(
+            f"{what} is a nested tensor: lay its texts end to end in one row of the batch, and give foveate.documents("
+            "cu_seqlens=) as the pattern; a jagged tensor has both, as .values() and .offsets()"
+        )
+    if tensor.layout is not torch.strided:
+        raise InvalidInput(f"{what} is a tensor of layout {tensor.layout}: wanted a dense one; .to_dense() makes it")
+    return tensor
+
+
+def sequence(x: object, dim: int, what: str = "x is", length: str = "length") -> Tensor:
+    """`x` as a tensor `[batch, length, dim]`, or a clear error that names it."""
+    if isinstance(x, Tensor):
+        dense(x, what.rpartition(" ")[0])
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != dim:
+        raise InvalidInput(f"{what} {describe(x)}: wanted [batch, {length}, {dim}]")
+    return x
 
 
 def identity(value: Any) -> Any:
@@ -84,6 +106,7 @@ def integers(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
     """`tensor` as an integer tensor with one of these numbers of dimensions, or a clear error that names it."""
     if not isinstance(tensor, Tensor):
         raise InvalidInput(f"{what} is a {type(tensor).__name__}: wanted an integer tensor")
+    dense(tensor, what)
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted integers of a common kind, such as int64")
     if tensor.dim() not in dims:
@@ -95,6 +118,7 @@ def floating(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
     """`tensor` as a floating-point tensor with one of these numbers of dimensions, or a clear error that names it."""
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted a floating-point tensor")
+    dense(tensor, what)
     if tensor.dim() not in dims:
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted {' or '.join(map(str, dims))} dimension(s)")
     return tensor

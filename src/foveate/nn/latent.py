@@ -22,7 +22,7 @@ from foveate.nn.attention import LayerCache
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles, Scaling
-from foveate.values import describe, whole
+from foveate.values import sequence, whole
 
 
 class LatentAttention(nn.Module):
@@ -105,8 +105,7 @@ class LatentAttention(nn.Module):
                 rope_dim]`, of earlier calls.
             absorbed: attend to the latents themselves; None = where that is less work: for few queries and many keys.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {self.dim}]")
+        sequence(x, self.dim)
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)

@@ -12,7 +12,7 @@ from foveate.nn.attention import SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.packing import PaddingKeep, PaddingLengths, padding
 from foveate.pattern.positional import window
-from foveate.values import describe, whole
+from foveate.values import describe, sequence, whole
 
 
 class LongformerAttention(SelfAttention):
@@ -76,7 +76,7 @@ class LongformerAttention(SelfAttention):
             pattern: None, or `padding(…)`.
             global_tokens: which tokens are global; None = none of them.
         """
-        self._check(x, self.dim, "x")
+        sequence(x, self.dim)
         if pattern is not None and not isinstance(pattern, PaddingKeep | PaddingLengths):
             raise InvalidInput(f"the pattern is {pattern!r}: wanted padding(…), the rest being Longformer's own")
         options = {"dropout": self.dropout} if self.dropout and self.training else {}

@@ -184,7 +184,7 @@ class And(Pattern):
 
     def without(self, part: Pattern) -> Pattern | None:
         """The rest of the parts, or None for no pattern at all."""
-        rest = tuple(each for each in self.parts if each is not part)
+        rest = tuple(each for each in self.parts if each != part)
         return And(rest) if len(rest) > 1 else rest[0] if rest else None
 
     def visible(self, at: Pairs) -> Tensor:
@@ -262,7 +262,7 @@ def _join(kind: type[And] | type[Or], left: Pattern, right: object) -> Pattern:
     parts: list[Pattern] = []
     for side in (left, right):  # flat, so that (a & b) & c equals a & (b & c), and each part once
         for part in side.parts if isinstance(side, kind) else (side,):
-            if not any(part is each for each in parts):
+            if not any(type(part) is type(each) and part == each for each in parts):
                 parts.append(part)
     return kind(tuple(parts)) if len(parts) > 1 else parts[0]
 

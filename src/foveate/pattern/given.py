@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
-from foveate.values import Name, describe, mask_misfit
+from foveate.values import Name, dense, describe, mask_misfit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,4 +71,4 @@ def from_mask(mask: Tensor) -> Pattern:
         raise InvalidInput(
             f"from_mask was given {given}: wanted a boolean tensor of at most 4 dimensions, True = may attend"
         )
-    return FromMask(mask)
+    return FromMask(dense(mask, "the mask"))

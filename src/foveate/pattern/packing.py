@@ -12,7 +12,7 @@ from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, extremes_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
-from foveate.values import Name, describe, integers
+from foveate.values import Name, dense, describe, integers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,7 +180,7 @@ def padding(real: Tensor) -> Pattern:
     if isinstance(real, Tensor) and real.dtype == torch.bool:
         if real.dim() != 2:
             raise InvalidInput(f"padding was given {describe(real)}: wanted a boolean [batch, keys] or lengths [batch]")
-        return PaddingKeep(real)
+        return PaddingKeep(dense(real, "padding"))
     return PaddingLengths(integers(real, "padding's lengths", [1]))
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ from foveate.normalizers import parse as parse_normalizer
 from foveate.pattern.crossing import cannot_cross, tiles, written
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, grid
-from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, raw_scores, room_for_out, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator, without_autocast
 from foveate.score import Score
 from foveate.score import parse as parse_score
+from foveate.slicewise import slicewise
 
 _TILE = 128  # rows at once, and the grain at which empty tiles are skipped
 _KEYS = 2048  # keys at once: a segment's scores stay in the cache
@@ -45,8 +47,6 @@ def refuses(problem: Problem) -> list[str]:
     reasons = []
     if problem.is_transformed:
         reasons.append('it has no vmap and no forward derivative: backend="reference" has')
-    if problem.dropout and problem.seed is None and torch.compiler.is_compiling():
-        reasons.append("dropout inside a compiled graph needs seed=")
     return reasons + cannot_cross(problem.pattern, problem.q)
 
 
@@ -54,11 +54,12 @@ def run(problem: Problem) -> Result:
     """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
     pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
     score, tensors = problem.score.spec() if problem.score is not None else ("", [])
-    varying = isinstance(problem.query_start, Tensor)
+    varying, drawn = isinstance(problem.query_start, Tensor), isinstance(problem.seed, Tensor)
     out, lse = _forward_op(
         problem.q, problem.k, problem.v, held, tensors,
-        problem.query_start if varying else None, 0 if varying else problem.query_start,
-        pattern, score, problem.scale, problem.dropout, problem.seed or 0,
+        problem.query_start if varying else None, problem.seed if drawn else None,
+        0 if varying else problem.query_start, pattern, score, problem.scale, problem.dropout,
+        0 if drawn or problem.seed is None else problem.seed,
         "" if problem.normalizer is None else repr(problem.normalizer),
     )  # fmt: skip
     return Result(out, None if problem.normalizer is not None else lse)
@@ -76,7 +77,7 @@ class _Call:
     start: int | Tensor
     scale: float
     dropout: float
-    seed: int
+    seed: int | Tensor
     normalizer: Rowwise | None
     finite: bool
 
@@ -201,7 +202,8 @@ class _Call:
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> _Call:  # fmt: skip
     position = start if starts is None else starts
     summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], position, _TILE)
@@ -211,17 +213,18 @@ def _call(
     finite = all(_is_finite(x) for x in (q, k, v))
     parsed = parse_score(score, tensors) if score else None
     rowwise = parse_normalizer(normalizer) if normalizer else None
-    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, rowwise, finite)
+    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed if drawn is None else drawn, rowwise, finite)
 
 
 @torch.library.custom_op("foveate::chunked_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
+    call = _call(q, k, v, held, tensors, starts, drawn, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = room_for_out(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
     if call.normalizer is not None:
         for box, segments in call.whole_rows():
@@ -263,18 +266,20 @@ def _forward_op(
 @_forward_op.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return room_for_out(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op("foveate::chunked_backward", mutates_args=())
 def _backward_op(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
+    call = _call(q, k, v, held, tensors, starts, drawn, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix: float64 where there is any.
@@ -319,7 +324,8 @@ def _backward_op(
 def _backward_fake(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
 
@@ -370,31 +376,33 @@ def _uncap(call: _Call, d_scores: Tensor, capped: Tensor, weights: Tensor) -> Te
     return (d_scores * (1 - (capped / call.score.softcap.cap) ** 2)).masked_fill_(weights == 0, 0)
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, held, tensors, starts, *rest = inputs
-    ctx.counts = len(held), len(tensors)  # type: ignore[attr-defined,arg-type]
-    ctx.rest = rest  # type: ignore[attr-defined]
-    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(() if starts is None else (starts,)))  # type: ignore[arg-type,misc]
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, held, tensors, *given = inputs
+    ctx.counts = len(held), len(tensors)
+    ctx.present = [x is not None for x in given[:2]]
+    ctx.rest = given[2:]
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(x for x in given[:2] if x is not None))
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_lse: Tensor) -> tuple[object, ...]:
-    held, tensors = ctx.counts  # type: ignore[attr-defined]
-    out, lse, q, k, v, *more = ctx.saved_tensors  # type: ignore[attr-defined]
-    starts = more[held + tensors] if len(more) > held + tensors else None
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[object, ...]:
+    held, tensors = ctx.counts
+    out, lse, q, k, v, *more = ctx.saved_tensors
+    extra = iter(more[held + tensors :])
+    optional = [next(extra) if present else None for present in ctx.present]
     with without_autocast(q.device):
         dq, dk, dv, *d_tensors = _backward_op(
-            d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], starts,
-            *ctx.rest,  # type: ignore[attr-defined]
-        )  # fmt: skip
-    return dq, dk, dv, [None] * held, d_tensors, *[None] * (1 + len(ctx.rest))  # type: ignore[attr-defined]
+            d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], *optional, *ctx.rest
+        )
+    return dq, dk, dv, [None] * held, d_tensors, *[None] * (len(optional) + len(ctx.rest))
 
 
-def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *gradients: object) -> None:
+def _no_second_derivative(ctx: Any, *gradients: object) -> None:
     raise unsupported({"chunked": ['has no second derivative: use backend="reference", which has']})
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+slicewise(_backward_op)
 
 
 def _is_finite(x: Tensor) -> bool:
