@@ -91,7 +91,7 @@ def sequence(x: object, dim: int, what: str = "x is", length: str = "length") ->
 def identity(value: Any) -> Any:
     """What stands for `value` in a comparison: tensors count by identity and version, all else by value."""
     if isinstance(value, Tensor):
-        return (id(value), None if value.is_inference() else value._version)
+        return (id(value), None if torch.compiler.is_compiling() or value.is_inference() else value._version)
     return value
 
 
