@@ -355,8 +355,8 @@ def check(seed: int, *, compiles: bool = False) -> None:
     try:
         found = one.complaint()
     except Exception as error:
-        raise AssertionError(f"case {seed}: {one.words}: run again by `python tests/fuzzing.py {seed}`") from error
-    assert not found, f"case {seed}: {one.words}: {found}; run again by `python tests/fuzzing.py {seed}`"
+        raise AssertionError(f"case {seed}: {one.words}: run again by `make fuzz SEED={seed}`") from error
+    assert not found, f"case {seed}: {one.words}: {found}; run again by `make fuzz SEED={seed}`"
 
 
 def main() -> None:
