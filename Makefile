@@ -7,6 +7,7 @@ ARGS ?=
 RESULTS ?= build/bench
 ROUNDS ?=
 SEED ?=
+BEFORE ?=
 BIN := $(VENV)/bin
 
 SENTENCE := The animal didn't cross the street because it was too tired.
@@ -17,7 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-timm fuzz check asan tsan aarch64 bench docs clean
+.PHONY: help demo test test-all test-timm fuzz check asan tsan aarch64 bench compare docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,9 @@ bench: $(VENV)/.dev ## measure beside PyTorch, into build/bench (half an hour or
 	@mkdir -p $(RESULTS)
 	@for table in softmax linear sparse; do \
 		$(BIN)/foveate bench $$table $(foreach kind,json csv svg,--out $(RESULTS)/$$table.$(kind)) $(ARGS) || exit; done
+
+compare: $(VENV)/.dev ## is any row slower than in another checkout? BEFORE=../before (half an hour; close what else runs)
+	@$(BIN)/python benchmarks/compare.py $(BEFORE) $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
