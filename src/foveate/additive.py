@@ -20,7 +20,7 @@ from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, whole
+from foveate.values import describe, is_known, whole
 
 _CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
@@ -128,7 +128,7 @@ def _weights(
 
 def _is_clean(call: Problem) -> bool:
     """Whether it is known that neither q nor k holds a NaN, which saves five passes over k for every block."""
-    if call.q.device.type != "cpu" or torch.compiler.is_compiling() or call.is_transformed:
+    if call.q.device.type != "cpu" or not (is_known(call.q) and is_known(call.k)) or call.is_transformed:
         return False
     return not bool(call.q.isnan().any()) and not bool(call.k.isnan().any())
 

@@ -137,6 +137,8 @@ def _first(problem: Problem) -> Implementation:
 
 def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
+    if torch.onnx.is_in_onnx_export():
+        return [] if name in ("sdpa", "reference") else ["a file of ONNX holds no operator but PyTorch's"]
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
     on_cpu = problem.q.device.type == "cpu"

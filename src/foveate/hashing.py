@@ -19,7 +19,7 @@ from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import masked_softmax, merge_states, raw_scores, weigh
 from foveate.problem import Problem, accumulator, without_autocast
-from foveate.values import describe, floating, whole
+from foveate.values import describe, floating, is_known, whole
 
 _HASHED_AT_ONCE = 1 << 22  # numbers x·R held at once
 _EPS = 1e-6  # of the mean square, as the paper's code has it
@@ -168,5 +168,5 @@ def _around(chunks: Tensor) -> Tensor:
 
 def _all_finite(*tensors: Tensor) -> bool:
     """Whether nothing has to be kept from spreading, where it costs little to know."""
-    known = all(x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
+    known = all(x.device.type == "cpu" and (is_known(x) or not x.numel()) for x in tensors)
     return known and all(bool(x.isfinite().all()) for x in tensors)

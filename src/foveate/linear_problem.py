@@ -21,7 +21,7 @@ from foveate.pattern.packing import Documents, PackedDocuments
 from foveate.pattern.packing import documents as by_ids
 from foveate.positions import Extent
 from foveate.problem import accumulator, autocast, check_tensors, without_autocast
-from foveate.values import describe, floating
+from foveate.values import describe, floating, is_known
 
 Feature = Callable[[Tensor], Tensor]
 
@@ -132,13 +132,6 @@ def linear_problem(
         q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), float(scale),
         delta_rule, causal, normalize, skipped, dtype,
     )  # fmt: skip
-
-
-def is_known(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be looked at now: not inside a graph or a transform, nor without data."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _featured(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.values import read
+from foveate.values import is_known, read
 
 
 class Normalizer:
@@ -78,7 +78,7 @@ class Entmax(Normalizer):
         for _ in range(64):
             step = self._step(x, tau)
             tau = tau + step
-            if not torch.compiler.is_compiling() and not bool((step > torch.finfo(x.dtype).eps).any()):
+            if is_known(step) and not bool((step > torch.finfo(x.dtype).eps).any()):
                 break
         return tau
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.positions import Pairs
 from foveate.problem import Problem, without_autocast
+from foveate.values import is_known
 
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     that no gradient of a hidden key is 0 · NaN.
     """
     q_finite, k_finite = q.isfinite(), k.isfinite()
-    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).mT, q)
+    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).transpose(-1, -2), q)
     bad_key = ~k_finite.all(-1).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     return scores.masked_fill(bad_key[:, :, None, :], math.nan).masked_fill(~q_finite.all(-1, keepdim=True), math.nan)
 
@@ -42,7 +43,7 @@ def without_unseen(x: Tensor, seen: Tensor) -> Tensor:
 
     seen is `[batch or 1, query heads or 1, keys or 1]`; a key head is seen if one query head of its group sees it.
     """
-    if seen.device.type == "cpu" and not torch.compiler.is_compiling() and bool(seen.all()):
+    if seen.device.type == "cpu" and is_known(seen) and bool(seen.all()):
         return x
     if seen.shape[1] > 1:
         seen = seen.unflatten(1, (x.shape[1], -1)).any(2)

@@ -227,7 +227,7 @@ def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
     if query_start is None:
-        return keys - q.shape[2]
+        query_start = keys - q.shape[2]
     if isinstance(query_start, Tensor):
         query_start = integers(query_start, "query_start", [0, 1])
         if query_start.dim() == 0:

@@ -73,6 +73,31 @@ def identity(value: Any) -> Any:
     return value
 
 
+def is_known(tensor: Tensor) -> bool:
+    """Whether a decision may hang on the tensor's numbers: not in a graph, a trace or a transform, nor without data."""
+    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
+        return False
+    return not (
+        isinstance(tensor, torch._subclasses.FakeTensor)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def number(size: int | Tensor) -> int:
+    """A size as a number: while `torch.jit.trace` records, sizes are tensors."""
+    if not isinstance(size, Tensor):
+        return size
+    trace = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # else every look at it is warned of
+    try:
+        return int(size)
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
+
+
 def whole(value: object, what: str, least: int) -> int:
     """`value` as an int of at least `least`, or a clear error that names it."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:

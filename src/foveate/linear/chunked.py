@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.linear_problem import LinearProblem, is_known
+from foveate.linear_problem import LinearProblem
+from foveate.values import is_known
 
 _CHUNKS = 16, 64  # the fewest and the most steps in a chunk, unless there are fewer
 _NOTHING = -1000.0  # its exponential is 0 in every dtype, and its sums stay finite

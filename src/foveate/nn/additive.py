@@ -12,7 +12,7 @@ from foveate.errors import InvalidInput
 from foveate.functional import additive_attention, additive_weights, attention, local_attention, weights
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import padding
-from foveate.values import describe, integers, whole
+from foveate.values import describe, integers, is_known, whole
 
 Score = Literal["dot", "general", "concat"]
 Alignment = Literal["global", "local-m", "local-p"]
@@ -166,7 +166,7 @@ class LuongAttention(nn.Module):
             return self.query(states)[:, None], k[:, None], None
         if integers(lengths, "lengths", [1]).shape[0] != memory.shape[0]:
             raise InvalidInput(f"lengths is {describe(lengths)}: wanted [batch] = [{memory.shape[0]}]")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths > memory.shape[1]).any():
+        if lengths.device.type == "cpu" and is_known(lengths) and bool((lengths > memory.shape[1]).any()):
             raise InvalidInput(
                 f"a length is {int(lengths.max())}: wanted at most the {memory.shape[1]} positions of the memory"
             )

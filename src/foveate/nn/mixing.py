@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.errors import InvalidInput
-from foveate.linear_problem import LinearState, is_known, step_ids
+from foveate.linear_problem import LinearState, step_ids
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe, whole
+from foveate.values import describe, is_known, whole
 
 
 class MixerState(NamedTuple):

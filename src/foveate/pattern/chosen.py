@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
-from foveate.values import Name, describe, integers, whole
+from foveate.values import Name, describe, integers, is_known, whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,9 +68,7 @@ class Selected(Pattern):
             )
         if queries not in (1, extent.queries):
             reasons.append(f"{self!r} has {queries} rows but there are {extent.queries} queries")
-        indices = self.indices
-        without_data = indices.is_meta or isinstance(indices, torch._subclasses.FakeTensor)
-        if torch.compiler.is_compiling() or without_data:
+        if not is_known(self.indices):
             return reasons  # what makes the summary looks at the numbers then
         return reasons + self.outside(extent.keys)
 

@@ -78,4 +78,7 @@ def lookup(table: Tensor, batch: Tensor, position: Tensor, outside: int | bool) 
     if length == 0:
         return torch.full_like(row + position, outside, dtype=table.dtype)
     found = table[row, position.clamp(0, length - 1)]
-    return torch.where((position >= 0) & (position < length), found, outside)
+    inside = (position >= 0) & (position < length)
+    if table.dtype == torch.bool:  # no format of graphs fills booleans
+        return found | ~inside if outside else found & inside
+    return torch.where(inside, found, outside)

@@ -103,7 +103,7 @@ def run(problem: Problem) -> Result:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
         mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
     return Result(ungroup(out, problem.q), None)
 
