@@ -15,7 +15,8 @@ from families import FAMILIES, IMAGE, build, left_padded, right_padded
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.integrations.transformers import NAME, patching
+from foveate.integrations import recomputing
+from foveate.integrations.transformers import NAME
 from foveate.integrations.transformers.layers import kind_of
 
 
@@ -83,7 +84,7 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
     fv.patch(network)
     del network
     gc.collect()
-    assert not patching._PATCHED
+    assert not recomputing.in_force()
 
 
 def test_a_window_makes_of_llama_what_mistral_is() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -13,24 +12,15 @@ from torch import Tensor, nn
 from foveate import capture, shortcut
 from foveate.dispatch import dispatch
 from foveate.errors import FoveateError, InvalidInput
-from foveate.integrations.transformers.masks import Mask
+from foveate.integrations.transformers.standing import Described, Mask, standing
+from foveate.integrations.transformers.switching import PLAN, Plan
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, documents, from_mask, window
 from foveate.pattern.positional import Causal, Window
 from foveate.problem import problem
 from foveate.score import bias, sinks
 from foveate.score import softcap as softcap_score
-
-PLAN = "foveate_plan"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `patch` asks of one layer: a pattern that narrows its own, and whether it may return its weights."""
-
-    pattern: Pattern | None
-    gives_weights: bool
-
+from foveate.values import is_known, number
 
 _PLAIN = Plan(None, gives_weights=True)
 _REFUSED = {"cache": "a paged cache", "block_indices": "blocks of keys that an indexer chose"}
@@ -41,7 +31,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Mask | Tensor | None,
+    attention_mask: Mask | Described | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -65,20 +55,21 @@ def attention(
             raise FoveateError(
                 f"{type(module).__name__} uses {what}, which foveate does not take: use another attention for it"
             )
-    plan: Plan = getattr(module, PLAN, _PLAIN)
+    plan: Plan = getattr(module, PLAN, None) or _PLAIN  # None is what a plan is saved as
     scores = [] if softcap is None else [softcap_score(softcap)]
     if position_bias is not None:
         scores.append(bias(position_bias))
     if s_aux is not None:
         scores.append(sinks(s_aux))
-    queries, keys = query.shape[2], key.shape[2]
+    queries, keys = number(query.shape[2]), number(key.shape[2])
     pattern: Pattern | None = None
-    start: int | Tensor = keys - queries
-    if isinstance(attention_mask, Mask):
-        _check_mask(attention_mask, module, queries, keys, plan)
-        pattern, start = attention_mask.pattern, attention_mask.query_start
-    elif isinstance(attention_mask, Tensor):
-        prepared = attention_mask[..., :keys]
+    start: int | Tensor = key.shape[2] - query.shape[2]
+    mask = None if attention_mask is None else standing(attention_mask)
+    if isinstance(mask, Described):
+        _check_mask(mask, module, queries, keys, plan)
+        pattern, start = mask.pattern, mask.query_start
+    elif mask is not None:
+        prepared = mask[..., :keys]
         if prepared.dtype == torch.bool:
             pattern = from_mask(prepared)
         else:
@@ -117,13 +108,14 @@ def attention(
     return out.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
 
 
-def _check_mask(mask: Mask, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
+def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
     """Refuse a mask that was made for other queries and keys, or whose positions the plan's pattern cannot count."""
     layer = type(module).__name__
-    if mask.shape[2:] != (queries, keys):
+    made_for = number(mask.shape[2]), number(mask.shape[3])
+    if made_for != (queries, keys):
         raise FoveateError(
-            f"{layer} attends from {queries} queries to {keys} keys under a mask made for {mask.shape[2]} and "
-            f"{mask.shape[3]}: use another attention for it"
+            f"{layer} attends from {queries} queries to {keys} keys under a mask made for {made_for[0]} and "
+            f"{made_for[1]}: use another attention for it"
         )
     if mask.key_start and not _depends_on_distance(plan.pattern):
         raise FoveateError(
@@ -148,11 +140,11 @@ def _packed(
     """The pattern of texts laid end to end in one row, given as flash-attn's offsets (`cu_seq_lens`)."""
     if query_ends is None or key_ends is None:
         return None
-    if query_ends is key_ends or (
-        query_ends.shape == key_ends.shape
-        and query.shape[2] == key.shape[2]
-        and (torch.compiler.is_compiling() or torch.equal(query_ends, key_ends))  # no graph can compare them
-    ):
+    same = query_ends is key_ends
+    if not same and query_ends.shape == key_ends.shape and number(query.shape[2]) == number(key.shape[2]):
+        # Where they cannot be compared, a mask says that they are the same: it counts positions of both in one row.
+        same = torch.equal(query_ends, key_ends) if is_known(query_ends) else pattern is not None
+    if same:
         return documents(cu_seqlens=key_ends)
     if pattern is not None:
         raise FoveateError(
