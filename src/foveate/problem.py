@@ -17,7 +17,7 @@ from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.score import sinks as sinks_of
-from foveate.values import describe, integers
+from foveate.values import describe, integers, is_recorded
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -78,8 +78,7 @@ def is_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and not q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and not is_recorded()
         and not is_transformed()
     )
 

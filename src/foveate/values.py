@@ -16,6 +16,7 @@ from foveate.positions import Extent
 Held = Tensor | Callable[..., Tensor]  # what no literal can say
 Name = Callable[[Any], str]
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # where `make_fx(pre_dispatch=True)` keeps its mode
 _PARSER = threading.Lock()  # CPython 3.11 counts the depth of a tree in one place for all threads
 
 
@@ -77,12 +78,16 @@ def is_known(tensor: Tensor) -> bool:
     """Whether a decision may hang on the tensor's numbers: not in a graph, a trace or a transform, nor without data."""
     if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
         return False
-    return not (
-        isinstance(tensor, torch._subclasses.FakeTensor)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (isinstance(tensor, torch._subclasses.FakeTensor) or transformed or is_recorded())
+
+
+def is_recorded() -> bool:
+    """Whether a trace or a mode is to see every operator: then none may be passed by."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
@@ -100,6 +105,8 @@ def number(size: int | Tensor) -> int:
 
 def whole(value: object, what: str, least: int) -> int:
     """`value` as an int of at least `least`, or a clear error that names it."""
+    if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None:
+        value = number(value)
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
         raise InvalidInput(f"{what} is {value!r}: wanted a whole number of at least {least}")
     return value  # type: ignore[return-value]

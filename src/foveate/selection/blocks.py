@@ -18,7 +18,7 @@ from foveate.positions import Pairs, Tiles, starts
 from foveate.primitives import group, ungroup
 from foveate.problem import Problem, accumulator, problem
 from foveate.selection.choosing import by_rows, highest, how_many
-from foveate.values import whole
+from foveate.values import is_known, whole
 
 Pool = Literal["mean", "bounds"]
 
@@ -188,7 +188,8 @@ def _shown(call: Problem, b: slice, rows: slice, block: int) -> tuple[Tensor, Te
         nothing = torch.zeros(shape, dtype=torch.bool, device=device)
         return nothing, nothing
     may, must = pattern.bounds(Tiles(batch, head, row, row + 1, query, query + 1, first, end, keys))
-    unsure = (may & ~must).nonzero().flatten()
+    some = may & ~must
+    unsure = some.nonzero().flatten() if is_known(some) else torch.arange(len(row), device=device)
     if len(unsure):
         key = first[unsure, None] + torch.arange(block, device=device)
         inside = key < keys
