@@ -104,14 +104,25 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:
     """Tell the observers, then run the first implementation that does not refuse, or the named one."""
-    if not torch.compiler.is_compiling():  # a graph has no one to tell
-        for observer in _OBSERVERS.get():
-            observer(problem)
+    tell(problem)
     chosen = decide(problem, backend)
-    if problem.dropout and problem.seed is None:  # drawn only now that the call will run
-        problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
+    problem = seeded(problem)  # drawn only now that the call will run
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def tell(problem: Problem) -> None:
+    """Tell the observers of a problem that will be computed; a graph has no one to tell."""
+    if not torch.compiler.is_compiling():
+        for observer in _OBSERVERS.get():
+            observer(problem)
+
+
+def seeded(problem: Problem) -> Problem:
+    """The problem with a seed, if it needs one and has none."""
+    if not problem.dropout or problem.seed is not None:
+        return problem
+    return replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
 
 
 def decide(problem: Problem, backend: str = "auto") -> Implementation:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from foveate import capture, shortcut
-from foveate.dispatch import dispatch
+from foveate.dispatch import dispatch, seeded, tell
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.transformers.standing import Described, Mask, standing
 from foveate.integrations.transformers.switching import PLAN, Plan
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, documents, from_mask, window
 from foveate.pattern.positional import Causal, Window
-from foveate.problem import problem
+from foveate.primitives import dropout_mask, group, ungroup, weigh
+from foveate.problem import Problem, problem, without_autocast
 from foveate.score import bias, sinks
 from foveate.score import softcap as softcap_score
 from foveate.values import is_known, number
@@ -95,17 +96,49 @@ def attention(
         query, key, value, pattern, score=score, scale=scaling, query_start=start, dropout=dropout,
         needs_lse=query_sinks is not None,
     )  # fmt: skip
+    if wanted and call.needs_gradient:
+        out, given = _through_weights(call, query_sinks, query.dtype)
+        return out.transpose(1, 2).contiguous(), given
     result = dispatch(call)
     if known is not None:
         shortcut.remember(known, call, "auto")
     out = result.out
-    weights = capture.weights(call) if wanted else None
-    if query_sinks is not None:  # a sink for every query `[B, H, Nq, 1]` takes its share when all else is summed
-        assert result.lse is not None
-        share = torch.sigmoid(result.lse[..., None] - query_sinks)
-        out = (out * share).to(out.dtype)
-        weights = None if weights is None else weights * share
-    return out.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
+    share = None if result.lse is None else _share(result.lse, query_sinks)
+    out = out if share is None else (out * share).to(out.dtype)
+    weights = _weights(call, share).to(query.dtype) if wanted else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _share(lse: Tensor, query_sinks: Tensor | None) -> Tensor | None:
+    """What a sink for every query `[B, H, Nq, 1]` leaves to the keys, when all else is summed."""
+    return None if query_sinks is None else torch.sigmoid(lse[..., None] - query_sinks)
+
+
+def _weights(call: Problem, share: Tensor | None) -> Tensor:
+    weights = capture.weights(call)
+    return weights if share is None else weights * share
+
+
+def _through_weights(call: Problem, query_sinks: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, weights), where out is made of the weights: whoever asks for its gradient by them gets it."""
+    share = None
+    if query_sinks is None:
+        tell(call)
+    else:
+        lse = dispatch(call).lse
+        assert lse is not None
+        share = _share(lse, query_sinks)
+    call, weights = seeded(call), _weights(call, share)
+    given = weights.to(dtype)
+    wide = given.to(weights.dtype)
+    shares = wide + (weights - wide).detach()  # of no less digits than without the rounding
+    if call.dropout:
+        at = call.pairs()
+        kept = dropout_mask(call.seed or 0, call.dropout, at.batch, at.head, at.query, at.key)
+        shares = shares * kept / (1 - call.dropout)
+    with without_autocast(call.q.device):
+        out = ungroup(weigh(group(shares, call.k), call.v.to(shares.dtype)), call.q)
+    return out.to(call.q.dtype), given
 
 
 def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
