@@ -47,6 +47,40 @@ def test_packed_texts_are_each_alone(name: str, how: str) -> None:
     assert all("documents" in repr(call.pattern) for call in seen.calls)
 
 
+HANDED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "gpt2", "opt"]
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("name", HANDED)
+def test_packed_texts_are_each_alone_in_the_call_that_fills_a_cache(name: str, cache: str) -> None:
+    """Two rows, with texts of other lengths each; the positions tell, as long as no mask says that a row is one."""
+    network = build(name)
+    ids = left_padded()["input_ids"]
+    cuts = (7, 4)
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(17 - cut)]) for cut in cuts])
+    more: dict[str, Any] = {"use_cache": cache != "none", "position_ids": positions}
+    if cache == "static":
+        more["past_key_values"] = transformers.StaticCache(config=network.config, max_cache_len=23)
+    with torch.no_grad(), fv.patch(network):
+        alone = torch.cat([
+            torch.cat([logits(network, input_ids=row[None, :cut]), logits(network, input_ids=row[None, cut:])], 1)
+            for row, cut in zip(ids, cuts, strict=True)
+        ])  # fmt: skip
+        found = logits(network, input_ids=ids, **more)
+        whole = logits(network, input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+    assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
+    assert (whole - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def test_positions_that_rise_are_one_text() -> None:
+    network = build("llama")
+    ids = left_padded()["input_ids"]
+    with torch.no_grad(), fv.patch(network), fv.watch(network) as seen:
+        for first in (0, 5):
+            network(ids, position_ids=torch.arange(first, first + 17)[None])
+    assert {repr(call.pattern) for call in seen.calls} == {"causal"}
+
+
 def test_images_see_each_other_both_ways() -> None:
     """Gemma 3 with an image: its tokens are one block, in every layer."""
     text = {**build("gemma3").config.to_dict(), "vocab_size": 97}

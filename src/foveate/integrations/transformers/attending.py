@@ -16,6 +16,7 @@ from foveate.integrations.transformers.standing import Described, Mask, standing
 from foveate.integrations.transformers.switching import PLAN, Plan
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, documents, from_mask, window
+from foveate.pattern.packing import Documents
 from foveate.pattern.positional import Causal, Window
 from foveate.primitives import dropout_mask, group, ungroup, weigh
 from foveate.problem import Problem, problem, without_autocast
@@ -68,7 +69,7 @@ def attention(
     mask = None if attention_mask is None else standing(attention_mask)
     if isinstance(mask, Described):
         _check_mask(mask, module, queries, keys, plan)
-        pattern, start = mask.pattern, mask.query_start
+        pattern, start = _apart(mask, more.get("position_ids"), queries, keys), mask.query_start
     elif mask is not None:
         prepared = mask[..., :keys]
         if prepared.dtype == torch.bool:
@@ -155,6 +156,28 @@ def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, pla
             f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of {layer} has let go of "
             f"the first {mask.key_start}: use another cache"
         )
+
+
+def _apart(mask: Described, positions: Tensor | None, queries: int, keys: int) -> Pattern | None:
+    """The mask's pattern, and texts apart from each other whose positions start anew.
+
+    transformers itself looks for them only without a cache. Here the first call that fills one is known as well; what
+    comes after it is not, for a cache keeps no positions.
+    """
+    if not mask.is_whole or positions is None or mask.texts is not None or queries < 2 or mask.key_start:
+        return mask.texts if mask.texts is not None else mask.pattern
+    start, pattern = mask.query_start, mask.pattern
+    at_first = is_known(positions) and bool((start == 0).all() if isinstance(start, Tensor) else start == 0)
+    if not at_first or positions.dim() != 2 or positions.shape[1] != queries:
+        return pattern
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1)
+    parts = pattern.parts if isinstance(pattern, And) else (pattern,)
+    is_known_already = any(isinstance(part, Documents) for part in parts)
+    if pattern is not None and causal in parts and not is_known_already and bool((steps <= 0).any()):
+        ids = torch.nn.functional.pad((steps != 1).cumsum(1), (0, keys - queries), value=-1)
+        pattern = pattern & documents(ids)
+    mask.texts = pattern
+    return pattern
 
 
 def _weights_are_collected() -> bool:

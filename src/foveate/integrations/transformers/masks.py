@@ -62,6 +62,7 @@ def mask(
         (batch_size, 1, q_length, kv_length),
         dtype if _adds(more.get("config")) else torch.bool,
         device,
+        is_whole=attention_mask is None,
     )
     return described if torch.compiler.is_compiling() else Mask(described)
 

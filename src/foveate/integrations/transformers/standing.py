@@ -39,6 +39,7 @@ class Described:
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device | str,
+        is_whole: bool = False,
     ) -> None:
         self.pattern = pattern
         self.query_start = query_start
@@ -47,6 +48,8 @@ class Described:
         self.dtype = dtype
         self.device = torch.device(device)
         self.ndim = 4  # transformers takes what has four dimensions for a mask that was made before, and hands it on
+        self.is_whole = is_whole  # nobody gave padding, so that positions may tell where texts begin
+        self.texts: Pattern | None = None  # those texts, once a layer has looked
         self.stands = True
         self._matrix: Tensor | None = None
 
