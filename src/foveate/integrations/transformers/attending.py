@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate import capture, shortcut
 from foveate.dispatch import dispatch, seeded, tell
 from foveate.errors import FoveateError, InvalidInput
+from foveate.integrations.transformers.masks import NoWindow
 from foveate.integrations.transformers.standing import Described, Mask, standing
 from foveate.integrations.transformers.switching import PLAN, Plan
 from foveate.pattern.algebra import And, Pattern
@@ -145,6 +146,12 @@ def _through_weights(call: Problem, query_sinks: Tensor | None, dtype: torch.dty
 def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
     """Refuse a mask that was made for other queries and keys, or whose positions the plan's pattern cannot count."""
     layer = type(module).__name__
+    for part in mask.pattern.parts if isinstance(mask.pattern, And) else (mask.pattern,):
+        if isinstance(part, NoWindow):
+            raise FoveateError(
+                f"{layer} has a sliding window of {part.size}, through which no query sees a key: give the model's "
+                "configuration a sliding_window of at least 1, or none"
+            )
     made_for = number(mask.shape[2]), number(mask.shape[3])
     if made_for != (queries, keys):
         raise FoveateError(

@@ -21,6 +21,7 @@ from foveate.integrations.transformers.standing import Described, Mask
 from foveate.integrations.transformers.switching import NAME
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, chunks, documents, from_mask, padding, window
+from foveate.pattern.packing import PaddingLengths
 from foveate.pattern.positional import Window
 from foveate.values import is_known
 
@@ -50,7 +51,7 @@ def mask(
     function = causal_mask_function if mask_function is None else mask_function
     keys = Keys(batch_size, kv_length, kv_offset, device)
     try:
-        pattern = _compiled(function, more) if torch.compiler.is_compiling() else _pattern(function, keys)
+        pattern = _compiled(function, keys, more) if torch.compiler.is_compiling() else _pattern(function, keys)
         pattern = _with_padding(pattern, attention_mask, keys)
     except _Unknown:
         pattern = _matrix(function, keys, q_length, q_offset, attention_mask, more)
@@ -131,9 +132,9 @@ def _pattern(function: MaskFunction, keys: Keys) -> Pattern | None:
         case "or_masks", {"mask_functions": parts}:
             return _any_of([_pattern(part, keys) for part in parts])
         case "sliding_window_overlay", {"sliding_window": int(size)}:
-            return window(left=size - 1)
+            return window(left=size - 1) if size > 0 else _nothing(keys, size)
         case "sliding_window_bidirectional_overlay", {"sliding_window": int(size)}:
-            return window(left=size, right=size)
+            return window(left=size, right=size) if size >= 0 else _nothing(keys, size)
         case "chunked_overlay", {"chunk_size": int(size), "left_padding": Tensor() as left}:
             if is_known(left) and not bool(left.any()) and keys.offset % size == 0:
                 return chunks(size)
@@ -148,6 +149,17 @@ def _pattern(function: MaskFunction, keys: Keys) -> Pattern | None:
         case "remap_positions_for_packed_sequence", {"mask_function": inner, "position_ids": Tensor() as positions}:
             return _inside_documents(inner, positions, keys)
     raise _Unknown
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NoWindow(PaddingLengths):
+    """No key at all: a window of size 0, of which some models make a mask that no layer of theirs attends by."""
+
+    size: int
+
+
+def _nothing(keys: Keys, size: int) -> Pattern:
+    return NoWindow(torch.zeros(keys.batch, dtype=torch.int64, device=keys.device), size)
 
 
 def _maker(function: MaskFunction) -> tuple[str, dict[str, Any]]:
@@ -175,7 +187,7 @@ def _inside_documents(function: MaskFunction, positions: Tensor, keys: Keys) -> 
     raise _Unknown
 
 
-def _compiled(function: MaskFunction, more: dict[str, Any]) -> Pattern | None:
+def _compiled(function: MaskFunction, keys: Keys, more: dict[str, Any]) -> Pattern | None:
     """What a graph can know of a mask function, into which it cannot look: the two plain ones, and a causal window.
 
     transformers skips no mask but a plain one, and names the window of a plain one as `local_size`.
@@ -189,7 +201,7 @@ def _compiled(function: MaskFunction, more: dict[str, Any]) -> Pattern | None:
     size, config = more.get("local_size"), more.get("config")
     is_window = size == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
     if size is not None and is_window and more.get("allow_is_causal_skip"):
-        return causal & window(size)
+        return causal & window(size) if size > 0 else _nothing(keys, size)
     raise _Unknown
 
 
