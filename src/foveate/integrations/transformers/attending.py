@@ -14,7 +14,7 @@ from foveate.dispatch import dispatch, seeded, tell
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.transformers.masks import NoWindow
 from foveate.integrations.transformers.standing import Described, Mask, standing
-from foveate.integrations.transformers.switching import PLAN, Plan
+from foveate.integrations.transformers.switching import PLAN, Plan, contradicts_causal
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, documents, from_mask, window
 from foveate.pattern.packing import Documents
@@ -146,7 +146,10 @@ def _through_weights(call: Problem, query_sinks: Tensor | None, dtype: torch.dty
 def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, plan: Plan) -> None:
     """Refuse a mask that was made for other queries and keys, or whose positions the plan's pattern cannot count."""
     layer = type(module).__name__
-    for part in mask.pattern.parts if isinstance(mask.pattern, And) else (mask.pattern,):
+    parts = mask.pattern.parts if isinstance(mask.pattern, And) else (mask.pattern,)
+    if plan.pattern is not None and causal in parts and not getattr(module, "is_causal", True):
+        _check_causal(plan.pattern, layer)  # `patch` took the layer at its word
+    for part in parts:
         if isinstance(part, NoWindow):
             raise FoveateError(
                 f"{layer} has a sliding window of {part.size}, through which no query sees a key: give the model's "
@@ -162,6 +165,14 @@ def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, pla
         raise FoveateError(
             f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of {layer} has let go of "
             f"the first {mask.key_start}: use another cache"
+        )
+
+
+def _check_causal(pattern: Pattern, layer: str) -> None:
+    if not torch.compiler.is_compiling() and not pattern.tensors() and contradicts_causal(pattern):
+        raise FoveateError(
+            f"{layer} says that it is not causal, but its mask is, which the pattern {pattern!r} contradicts: make its "
+            "configuration say so (is_causal=False)"
         )
 
 

@@ -17,13 +17,11 @@ from foveate.integrations import recomputing
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
-from foveate.integrations.transformers.switching import NAME, Switch, Switched, plans
+from foveate.integrations.transformers.switching import NAME, POSITIONS, Switch, Switched, contradicts_causal, plans
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
 
 TESTED = "5.23"  # docs/models.md says what was compared
-
-_POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
 
 
 def register() -> None:
@@ -214,16 +212,17 @@ def _asked(
 
 
 def _check_against(pattern: Pattern | None, name: str, module: nn.Module) -> None:
-    """Refuse a pattern that takes from some query every key that the layer's own mask leaves it."""
+    """Refuse a pattern that takes from some query every key that a causal mask leaves it, or from all every key."""
     if pattern is None or pattern.tensors():  # what depends on a batch is known only when the batch is
         return
-    is_causal = bool(getattr(module, "is_causal", False))
-    both = causal & pattern if is_causal else pattern
-    if not bool(both.dense(_POSITIONS, _POSITIONS).any(-1).all()):
+    config = getattr(module, "config", None)  # which makes a decoder look both ways, whatever its layers say
+    is_causal = bool(getattr(module, "is_causal", False)) and getattr(config, "is_causal", True) is not False
+    if is_causal and contradicts_causal(pattern):
         raise InvalidInput(
-            f"the pattern {pattern!r} contradicts the {'causal ' if is_causal else ''}mask of {name}: "
-            "some queries would see no key at all"
+            f"the pattern {pattern!r} contradicts the causal mask of {name}: some queries would see no key at all"
         )
+    if not bool(pattern.dense(POSITIONS, POSITIONS).any()):
+        raise InvalidInput(f"the pattern {pattern!r} leaves no query of {name} any key")
 
 
 def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ and can be undone by itself; and both are saved as what stood there before, so t
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 
 from foveate.integrations import recomputing
 from foveate.pattern.algebra import Pattern
+from foveate.pattern.catalogue import causal
 
 NAME = "foveate"
 PLAN = "foveate_plan"
+POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
 
 
 class Switched(str):
@@ -96,6 +99,12 @@ class Switch:
             if layer is not None and vars(layer).get(PLAN) is plan:
                 twin.ask(memo[id(layer)], pattern, gives_weights)
         return Plan(plan.pattern, plan.gives_weights, twin)
+
+
+@functools.lru_cache(64)
+def contradicts_causal(pattern: Pattern) -> bool:
+    """Whether a pattern takes from some query every key that a causal mask leaves it; it holds no tensors."""
+    return not bool((causal & pattern).dense(POSITIONS, POSITIONS).any(-1).all())
 
 
 def plans(model: nn.Module) -> list[Plan]:
