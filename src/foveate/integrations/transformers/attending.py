@@ -79,6 +79,8 @@ def attention(
             scores.append(bias(_hide_the_least(prepared)))
     elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # No mask was made: the layer relies on being causal, from the first position on.
+        if sliding_window is not None and sliding_window < 1:
+            raise _shows_nothing(type(module).__name__, sliding_window)
         pattern, start = causal if sliding_window is None else causal & window(sliding_window), 0
     packed = _packed(more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k"), query, key, pattern)
     for part in (packed, _selected(more.get("indices"), key), plan.pattern):
@@ -151,10 +153,7 @@ def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, pla
         _check_causal(plan.pattern, layer)  # `patch` took the layer at its word
     for part in parts:
         if isinstance(part, NoWindow):
-            raise FoveateError(
-                f"{layer} has a sliding window of {part.size}, through which no query sees a key: give the model's "
-                "configuration a sliding_window of at least 1, or none"
-            )
+            raise _shows_nothing(layer, part.size)
     made_for = number(mask.shape[2]), number(mask.shape[3])
     if made_for != (queries, keys):
         raise FoveateError(
@@ -166,6 +165,13 @@ def _check_mask(mask: Described, module: nn.Module, queries: int, keys: int, pla
             f"the pattern {plan.pattern!r} counts positions from the first key, but the cache of {layer} has let go of "
             f"the first {mask.key_start}: use another cache"
         )
+
+
+def _shows_nothing(layer: str, size: int) -> FoveateError:
+    return FoveateError(
+        f"{layer} has a sliding window of {size}, through which no query sees a key: give the model's configuration a "
+        "sliding_window of at least 1, or none"
+    )
 
 
 def _check_causal(pattern: Pattern, layer: str) -> None:

@@ -19,7 +19,6 @@ from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
 from foveate.integrations.transformers.switching import NAME, POSITIONS, Switch, Switched, contradicts_causal, plans
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.catalogue import causal
 
 TESTED = "5.23"  # docs/models.md says what was compared
 
