@@ -7,6 +7,7 @@ is no value that can be read: there, and only there, its boolean matrix is made,
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ def _adds(config: Any) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prefers_sdpa(kind: type) -> bool:
     """Whether a model with this kind of configuration attends by "sdpa" where nobody asks for another."""
+    return _supports_sdpa(kind)
+
+
+@functools.cache
+def _supports_sdpa(kind: type) -> bool:
     import transformers
 
     modeling = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))

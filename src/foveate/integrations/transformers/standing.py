@@ -75,6 +75,11 @@ class Described:
         hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
         return torch.where(seen, torch.zeros_like(hidden), hidden)
 
+    @property
+    def is_unmade(self) -> bool:
+        """Whether nobody has asked for the matrix yet."""
+        return self._matrix is None
+
     def contiguous(self) -> Described:
         """What transformers calls on a mask that it keeps."""
         return self
@@ -160,9 +165,11 @@ class Mask(Tensor):
 
     @staticmethod
     def __new__(cls, described: Described) -> Mask:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False):  # so that every write to it, or to a view of it, is counted
+                return Mask(described)
         size = tuple(map(number, described.shape))
-        with torch.inference_mode(mode=False):  # so that every write to it, or to a view of it, is counted
-            made: Mask = Tensor._make_wrapper_subclass(cls, size, dtype=described.dtype, device=described.device)
+        made: Mask = Tensor._make_wrapper_subclass(cls, size, dtype=described.dtype, device=described.device)
         made.described = described
         return made
 
@@ -255,7 +262,7 @@ for _name in dir(Tensor):
 def standing(mask: Described | Tensor) -> Described | Tensor:
     """What a layer reads of a mask: the pattern, or the matrix where that is known to say the same no longer."""
     if isinstance(mask, Mask):
-        if mask.described.stands and not (mask._version or mask.requires_grad):
-            return mask.described
-        return mask.clone()
+        described = mask.described
+        untouched = described.stands and (described.is_unmade or not mask._version)
+        return described if untouched and not (torch.is_grad_enabled() and mask.requires_grad) else mask.clone()
     return mask.matrix if isinstance(mask, Described) and not mask.stands else mask
