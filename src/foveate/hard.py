@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import dispatch
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, is_known
+from foveate.values import describe
 
 _SCORES = 1 << 20  # scores at once: a part stays in the cache
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import masked_softmax, merge_states, raw_scores, weigh
 from foveate.problem import Problem, accumulator, without_autocast
-from foveate.values import describe, floating, is_known, number, whole
+from foveate.values import describe, floating, number, whole
 
 _HASHED_AT_ONCE = 1 << 22  # numbers x·R held at once
 _EPS = 1e-6  # of the mean square, as the paper's code has it

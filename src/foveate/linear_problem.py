@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import row_misfit
@@ -21,7 +22,7 @@ from foveate.pattern.packing import Documents, PackedDocuments
 from foveate.pattern.packing import documents as by_ids
 from foveate.positions import Extent
 from foveate.problem import accumulator, autocast, check_tensors, without_autocast
-from foveate.values import describe, floating, is_known
+from foveate.values import describe, floating
 
 Feature = Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import linear_chosen
+from foveate.eager import is_eager
 from foveate.linear import native
 from foveate.linear_problem import LinearProblem, LinearState
-from foveate.problem import is_eager
 
 try:
     from foveate import _native

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.problem import accumulator
-from foveate.values import describe, floating, integers, is_known
+from foveate.values import describe, floating, integers
 
 
 def by_gates(outs: Sequence[Tensor], gates: Tensor) -> Tensor:

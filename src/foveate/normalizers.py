@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.values import is_known, read
+from foveate.values import read
 
 
 class Normalizer:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.positions import Pairs
 from foveate.problem import Problem, without_autocast
-from foveate.values import is_known
 
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.eager import is_transformed
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
@@ -17,7 +18,7 @@ from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.score import sinks as sinks_of
-from foveate.values import describe, integers, is_recorded
+from foveate.values import describe, integers
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,24 +64,6 @@ class Problem:
     def pairs(self, box: tuple[slice, slice, slice, slice] | None = None) -> Pairs:
         """The positions of all (batch, head, row, key) of the call, or of a box of it."""
         return grid(*self.shape, self.query_start, self.q.device, box)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are plain tensors and no graph, trace, transform or mode is at work, which has to see operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not q.is_meta
-        and not is_recorded()
-        and not is_transformed()
-    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +209,8 @@ def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
     if query_start is None:
-        query_start = keys - q.shape[2]
+        start = keys - q.shape[2]
+        return start.reshape(1) if isinstance(start, Tensor) else start  # in a trace sizes are tensors
     if isinstance(query_start, Tensor):
         query_start = integers(query_start, "query_start", [0, 1])
         if query_start.dim() == 0:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from foveate.eager import is_transformed
 from foveate.errors import InvalidInput
-from foveate.problem import accumulator, is_transformed
+from foveate.problem import accumulator
 from foveate.values import describe, integers, whole
 
 

@@ -16,7 +16,6 @@ from foveate.positions import Extent
 Held = Tensor | Callable[..., Tensor]  # what no literal can say
 Name = Callable[[Any], str]
 
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # where `make_fx(pre_dispatch=True)` keeps its mode
 _PARSER = threading.Lock()  # CPython 3.11 counts the depth of a tree in one place for all threads
 
 
@@ -72,23 +71,6 @@ def identity(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (id(value), None if value.is_inference() else value._version)
     return value
-
-
-def is_known(tensor: Tensor) -> bool:
-    """Whether a decision may hang on the tensor's numbers: not in a graph, a trace or a transform, nor without data."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
-        return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not (isinstance(tensor, torch._subclasses.FakeTensor) or transformed or is_recorded())
-
-
-def is_recorded() -> bool:
-    """Whether a trace or a mode is to see every operator: then none may be passed by."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
 
 
 def number(size: int | Tensor) -> int:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveate.eager import is_known
 from foveate.linear_problem import LinearProblem
-from foveate.values import is_known, number
+from foveate.values import number
 
 _CHUNKS = 16, 64  # the fewest and the most steps in a chunk, unless there are fewer
 _NOTHING = -1000.0  # its exponential is 0 in every dtype, and its sums stay finite

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager, is_transformed
 from foveate.errors import unsupported
 from foveate.linear_problem import LinearProblem
 from foveate.primitives import readable
-from foveate.problem import is_eager, is_transformed, without_autocast
+from foveate.problem import without_autocast
 
 try:
     from foveate import _native

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.cache import KeyValueCache
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.generation import greedy
 from foveate.models import clip, llama
@@ -25,7 +26,6 @@ from foveate.naming import Format, prefixed
 from foveate.pattern.algebra import Pattern
 from foveate.rope_settings import SCALING, upgraded
 from foveate.rotary import Scaling
-from foveate.values import is_known
 
 
 @dataclass(frozen=True)

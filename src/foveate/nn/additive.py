@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.functional import additive_attention, additive_weights, attention, local_attention, weights
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import padding
-from foveate.values import describe, integers, is_known, whole
+from foveate.values import describe, integers, whole
 
 Score = Literal["dot", "general", "concat"]
 Alignment = Literal["global", "local-m", "local-p"]

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.linear_problem import LinearState, step_ids
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe, is_known, whole
+from foveate.values import describe, whole
 
 
 class MixerState(NamedTuple):

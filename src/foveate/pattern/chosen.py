@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
-from foveate.values import Name, describe, integers, is_known, whole
+from foveate.values import Name, describe, integers, whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)

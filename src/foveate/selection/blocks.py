@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.chosen import selected
@@ -18,7 +19,7 @@ from foveate.positions import Pairs, Tiles, starts
 from foveate.primitives import group, ungroup
 from foveate.problem import Problem, accumulator, problem
 from foveate.selection.choosing import by_rows, highest, how_many
-from foveate.values import is_known, whole
+from foveate.values import whole
 
 Pool = Literal["mean", "bounds"]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import InvalidInput, unsupported
 from foveate.pattern.crossing import cannot_cross, listed, tiles, written
 from foveate.pattern.lists import Lists
@@ -19,7 +20,7 @@ from foveate.pattern.reach import Reach, reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.primitives import readable
-from foveate.problem import Problem, Result, is_eager, without_autocast
+from foveate.problem import Problem, Result, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
 

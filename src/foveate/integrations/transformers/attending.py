@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foveate import capture, shortcut
 from foveate.dispatch import dispatch, seeded, tell
+from foveate.eager import is_known
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.transformers.masks import NoWindow
 from foveate.integrations.transformers.standing import Described, Mask, standing
@@ -23,7 +24,7 @@ from foveate.primitives import dropout_mask, group, ungroup, weigh
 from foveate.problem import Problem, problem, without_autocast
 from foveate.score import bias, sinks
 from foveate.score import softcap as softcap_score
-from foveate.values import is_known, number
+from foveate.values import number
 
 _PLAIN = Plan(None, gives_weights=True)
 _REFUSED = {"cache": "a paged cache", "block_indices": "blocks of keys that an indexer chose"}

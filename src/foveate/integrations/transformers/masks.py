@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.integrations.transformers.standing import Described, Mask
 from foveate.integrations.transformers.switching import NAME
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, chunks, documents, from_mask, padding, window
 from foveate.pattern.packing import PaddingLengths
 from foveate.pattern.positional import Window
-from foveate.values import is_known
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
