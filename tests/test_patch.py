@@ -257,6 +257,31 @@ def test_layers_that_only_say_that_they_are_not_causal_keep_their_mask() -> None
         logits(network, **left_padded())
 
 
+def test_rows_of_padding_reach_what_mixes_along_time_as_with_sdpa() -> None:
+    """RecurrentGemma's recurrence carries on what attention left in the rows of padding before a text."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 29, "lru_width": 32}  # fmt: skip
+    torch.manual_seed(3)
+    config = transformers.RecurrentGemmaConfig(**sizes, block_types=["attention", "recurrent"])
+    network = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    found: dict[str, list[Tensor]] = {}
+    for name in ("eager", "sdpa", "foveate"):
+        fv.register()
+        network.set_attn_implementation(name)
+        found[name] = [
+            logits(network, **inputs, use_cache=False)[inputs["attention_mask"].bool()]
+            for inputs in (left_padded(), right_padded())
+        ]
+    for ours, sdpa in zip(found["foveate"], found["sdpa"], strict=True):
+        assert (ours - sdpa).abs().max() <= 1e-5 * sdpa.abs().max()
+    (left, right), (left_eager, right_eager) = found["foveate"], found["eager"]
+    assert (left - left_eager).abs().max() > 1e-2 * left_eager.abs().max()
+    assert (right - right_eager).abs().max() <= 1e-5 * right_eager.abs().max()
+
+
 def git() -> nn.Module:
     """A vision tower that calls the interface, and text layers that add the mask to scores of their own."""
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 29,

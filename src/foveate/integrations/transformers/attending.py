@@ -138,8 +138,9 @@ def _through_weights(call: Problem, query_sinks: Tensor | None, dtype: torch.dty
     wide = given.to(weights.dtype)
     shares = wide + (weights - wide).detach()  # of no less digits than without the rounding
     if call.dropout:
+        assert call.seed is not None
         at = call.pairs()
-        kept = dropout_mask(call.seed or 0, call.dropout, at.batch, at.head, at.query, at.key)
+        kept = dropout_mask(call.seed, call.dropout, at.batch, at.head, at.query, at.key)
         shares = shares * kept / (1 - call.dropout)
     with without_autocast(call.q.device):
         out = ungroup(weigh(group(shares, call.k), call.v.to(shares.dtype)), call.q)
