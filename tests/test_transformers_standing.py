@@ -22,7 +22,7 @@ from transformers import masking_utils as known
 import foveate as fv
 from foveate.integrations.transformers import Mask, attention, mask
 from foveate.integrations.transformers.standing import Described, standing
-from foveate.integrations.transformers.switching import Switched
+from foveate.integrations.transformers.switching import BEFORE
 
 HOW: dict[str, Any] = {
     "q_offset": 2,
@@ -30,13 +30,14 @@ HOW: dict[str, Any] = {
     "attention_mask": torch.tensor([[True] * 5, [False] + [True] * 4]),
 }
 
+BOOLEAN = SimpleNamespace()
+BEFORE[id(BOOLEAN)] = "sdpa"
+
 
 def pair(boolean: bool = False) -> tuple[Tensor, Tensor]:
     """A mask, and the tensor that transformers makes of the same."""
     if boolean:  # for a model that attended by "sdpa" before it was patched
-        return mask(2, 3, 5, **HOW, config=SimpleNamespace(_attn_implementation=Switched("sdpa"))), known.sdpa_mask(
-            2, 3, 5, **HOW
-        )
+        return mask(2, 3, 5, **HOW, config=BOOLEAN), known.sdpa_mask(2, 3, 5, **HOW)
     return mask(2, 3, 5, **HOW), known.eager_mask(2, 3, 5, **HOW)
 
 
@@ -303,7 +304,9 @@ def nemotron() -> Any:
 
 @pytest.mark.parametrize("before", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [lasr, nemotron])
-def test_a_layer_that_computes_with_its_mask_finds_the_kind_that_it_had(make: Any, before: str) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, compiling its own vmap
+def test_a_layer_that_computes_with_its_mask_finds_the_kind_that_it_had(make: Any, before: str, compiled: bool) -> None:
     """NemotronAsrStreaming computes another thing from a mask that is added than from a boolean one."""
     torch.manual_seed(3)
     network = make().eval()
@@ -327,7 +330,14 @@ def test_a_layer_that_computes_with_its_mask_finds_the_kind_that_it_had(make: An
     with fv.patch(network):
         found = output()
     assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+    if compiled:
+        torch._dynamo.reset()
+        with fv.patch(network), torch.no_grad():
+            out = torch.compile(network, backend="eager")(**inputs)
+        found = (out.logits if make is lasr else out.last_hidden_state)[0]
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
     if before == "sdpa":  # which these models attend by where nobody asks for another
+        fv.register()
         network.set_attn_implementation("foveate")
         found = output()
         assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()

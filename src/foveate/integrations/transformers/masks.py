@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foveate.eager import is_known
 from foveate.integrations.transformers.standing import Described, Mask
-from foveate.integrations.transformers.switching import NAME
+from foveate.integrations.transformers.switching import BEFORE, NAME
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, chunks, documents, from_mask, padding, window
 from foveate.pattern.packing import PaddingLengths
@@ -71,8 +71,7 @@ def mask(
 
 def _adds(config: Any) -> bool:
     """Whether the layers of a model take a mask that is added, as "eager" has it, or one of booleans, as "sdpa" has."""
-    name = getattr(config, "_attn_implementation", None)
-    before = getattr(name, "before", None)  # what a patched model attended by
+    before = BEFORE.get(id(config))  # what a patched model attended by
     return before == "eager" if before not in (None, NAME) else not _prefers_sdpa(type(config))
 
 

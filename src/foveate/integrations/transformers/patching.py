@@ -17,7 +17,7 @@ from foveate.integrations import recomputing
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
-from foveate.integrations.transformers.switching import NAME, POSITIONS, Switch, Switched, contradicts_causal, plans
+from foveate.integrations.transformers.switching import BEFORE, NAME, POSITIONS, Switch, contradicts_causal, plans
 from foveate.pattern.algebra import Pattern
 
 TESTED = "5.23"  # docs/models.md says what was compared
@@ -117,9 +117,7 @@ def patch(
     try:
         with _quiet():
             model.set_attn_implementation(NAME)  # type: ignore[operator]
-        switch.switched = [
-            (config, name, Switched(name) if config._attn_implementation == NAME else name) for config, name in before
-        ]
+        switch.switched = [(config, name, config._attn_implementation) for config, name in before]
         for name, layer in reached.items():
             switch.ask(layer, pattern if name in narrowed else None, name in giving)
         switch.on()
@@ -231,8 +229,7 @@ def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
     def collect(config: Any) -> None:
         if any(config is each for each, _ in found):
             return
-        name = config._attn_implementation
-        found.append((config, name.before if isinstance(name, Switched) else name))
+        found.append((config, BEFORE.get(id(config), config._attn_implementation)))
         for name in getattr(config, "sub_configs", {}):
             part = getattr(config, name, None)
             if part is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -23,21 +24,7 @@ PLAN = "foveate_plan"
 POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
 
 
-class Switched(str):
-    """The name of foveate in a configuration that attended by another one before."""
-
-    before: str | None
-
-    def __new__(cls, before: str | None) -> Switched:
-        made = super().__new__(cls, NAME)
-        made.before = before
-        return made
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return (type(None), ()) if self.before is None else (str, (str(self.before),))
-
-    def __deepcopy__(self, memo: object) -> Switched:
-        return self
+BEFORE: dict[int, str | None] = {}  # what each configuration that patch switched attended by, by its id
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +36,22 @@ class Plan:
     switch: Switch | None = None
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return type(None), ()
+        undone = () if self.switch is None else self.switch.undone
+        return operator.not_, ((None, *undone),)  # is read as False, when all these have been
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self if self.switch is None else self.switch.planned_again(self, memo)
+
+
+@dataclass(frozen=True)
+class Undone:
+    """A configuration in a file, where it says again what it said before."""
+
+    config: Any
+    before: str | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (self.config, "_attn_implementation_internal", self.before)
 
 
 class Switch:
@@ -65,6 +64,7 @@ class Switch:
         self.name = name
         self.root = None if root is None else weakref.ref(root)
         self.switched = switched  # (configuration, what it attended by, what it attends by), outer ones first
+        self.undone = tuple(Undone(config, before) for config, before, _ in switched)
         self._asked: list[tuple[weakref.ref[nn.Module], Pattern | None, bool]] = []
 
     def ask(self, layer: nn.Module, pattern: Pattern | None, gives_weights: bool) -> None:
@@ -73,8 +73,12 @@ class Switch:
 
     def on(self) -> None:
         """Let the configurations name foveate, and give the layers their plans."""
-        for config, _, after in self.switched:  # each sets what is inside of it, which comes later
+        for config, before, after in self.switched:  # each sets what is inside of it, which comes later
             config._attn_implementation = after
+            if after == NAME:
+                if id(config) not in BEFORE:
+                    weakref.finalize(config, BEFORE.pop, id(config), None)
+                BEFORE[id(config)] = before
         for held, pattern, gives_weights in self._asked:
             if (layer := held()) is not None:
                 setattr(layer, PLAN, Plan(pattern, gives_weights, self))
@@ -83,6 +87,7 @@ class Switch:
         """Put back what was there before."""
         for config, before, _ in self.switched:
             config._attn_implementation = before
+            BEFORE.pop(id(config), None)
         for held, _, _ in self._asked:
             if (layer := held()) is not None:
                 vars(layer).pop(PLAN, None)
@@ -91,8 +96,8 @@ class Switch:
         """The plan of a copy of a layer, of a switch of the copy's own."""
         twin: Switch | None = memo.get(id(self))
         if twin is None:
-            twin = memo[id(self)] = Switch(self.name, None, [])
-            twin.switched = copy.deepcopy(self.switched, memo)
+            twin = memo[id(self)] = Switch(self.name, None, copy.deepcopy(self.switched, memo))
+            twin.on()
             recomputing.begin(twin)
         for held, pattern, gives_weights in self._asked:
             layer = held()
