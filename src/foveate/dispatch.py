@@ -105,20 +105,27 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:
     """Tell the observers, then run the first implementation that does not refuse, or the named one."""
-    if not torch.compiler.is_compiling():  # a graph has no one to tell
-        for observer in _OBSERVERS.get():
-            observer(problem)
+    tell(problem)
     chosen = decide(problem, backend)
-    if problem.dropout and problem.seed is None:  # drawn only now that the call will run
-        problem = replace(problem, seed=_draw_seed(problem))
+    problem = seeded(problem)  # drawn only now that the call will run
     with without_autocast(problem.q.device):
         return chosen.run(problem)
 
 
-def _draw_seed(problem: Problem) -> int | Tensor:
-    """A seed from torch's default generator; as a tensor where a graph, a trace or a transform has to see it drawn."""
+def tell(problem: Problem) -> None:
+    """Tell the observers of a problem that will be computed; a graph has no one to tell."""
+    if not torch.compiler.is_compiling():
+        for observer in _OBSERVERS.get():
+            observer(problem)
+
+
+def seeded(problem: Problem) -> Problem:
+    """The problem with a seed, if it needs one and has none."""
+    if not problem.dropout or problem.seed is not None:
+        return problem
     drawn = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
-    return int(drawn) if is_eager(problem.q, problem.k, problem.v) else drawn
+    # As a tensor where a graph, a trace or a transform has to see it drawn.
+    return replace(problem, seed=int(drawn) if is_eager(problem.q, problem.k, problem.v) else drawn)
 
 
 def decide(problem: Problem, backend: str = "auto") -> Implementation:
@@ -144,6 +151,8 @@ def _first(problem: Problem) -> Implementation:
 
 def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
+    if torch.onnx.is_in_onnx_export():
+        return [] if name in ("sdpa", "reference") else ["a file of ONNX holds no operator but PyTorch's"]
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
     on_cpu = problem.q.device.type == "cpu"

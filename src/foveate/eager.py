@@ -51,6 +51,7 @@ def is_eager(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)  # make_fx keeps a mode there
         or is_transformed()
     ):
         return False
@@ -66,5 +67,6 @@ def is_known(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._get_dispatch_mode(_Mode.FAKE) is None
         and torch._C._get_dispatch_mode(_Mode.PROXY) is None
+        and not torch._C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
         and not is_transformed()
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import dispatch
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
@@ -92,7 +93,7 @@ def sampled(
         raise InvalidInput(
             f"the choices are {describe(choices)}: wanted integers [batch, heads, queries] = {list(shape)}"
         )
-    elif choices.numel() and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
+    elif is_known(choices) and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
         raise InvalidInput(f"the choices go from {int(choices.min())} to {int(choices.max())}: "
                            f"wanted keys from 0 to {call.shape[3] - 1}, or −1 for none")  # fmt: skip
     soft = None
@@ -113,7 +114,7 @@ def sampled(
         out = out.where((choices >= 0)[..., None], 0)
     else:
         out = call.v.new_zeros(*shape, call.v.shape[3])
-    if soft is not None and bool(soft.any()):
+    if soft is not None and (not is_known(soft) or bool(soft.any())):
         out = torch.where(soft[..., None], dispatch(call).out, out)
     return Chosen(out, choices, log_prob, entropy)
 

@@ -21,7 +21,7 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     that no gradient of a hidden key is 0 · NaN.
     """
     q_finite, k_finite = q.isfinite(), k.isfinite()
-    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).mT, q)
+    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).transpose(-1, -2), q)
     bad_key = ~k_finite.all(-1).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     return scores.masked_fill(bad_key[:, :, None, :], math.nan).masked_fill(~q_finite.all(-1, keepdim=True), math.nan)
 

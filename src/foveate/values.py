@@ -95,8 +95,22 @@ def identity(value: Any) -> Any:
     return value
 
 
+def number(size: int | Tensor) -> int:
+    """A size as a number: while `torch.jit.trace` records, sizes are tensors."""
+    if not isinstance(size, Tensor):
+        return size
+    trace = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # else every look at it is warned of
+    try:
+        return int(size)
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
+
+
 def whole(value: object, what: str, least: int) -> int:
     """`value` as an int of at least `least`, or a clear error that names it."""
+    if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None:
+        value = number(value)
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
         raise InvalidInput(f"{what} is {value!r}: wanted a whole number of at least {least}")
     return value  # type: ignore[return-value]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.functional import additive_attention, additive_weights, attention, local_attention, weights
 from foveate.pattern.algebra import Pattern
@@ -164,7 +165,7 @@ class LuongAttention(nn.Module):
             return self.query(states)[:, None], k[:, None], None
         if integers(lengths, "lengths", [1]).shape[0] != memory.shape[0]:
             raise InvalidInput(f"lengths is {describe(lengths)}: wanted [batch] = [{memory.shape[0]}]")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths > memory.shape[1]).any():
+        if lengths.device.type == "cpu" and is_known(lengths) and bool((lengths > memory.shape[1]).any()):
             raise InvalidInput(
                 f"a length is {int(lengths.max())}: wanted at most the {memory.shape[1]} positions of the memory"
             )

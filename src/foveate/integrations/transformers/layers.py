@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -24,12 +25,26 @@ def attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]
         elif kinds[type(module)] == "bypassed":
             bypassed.add(type(module).__name__)
     if not reached:
-        beside = f"; {', '.join(sorted(bypassed))} compute their own" if bypassed else ""
-        raise InvalidInput(
-            f"{type(model).__name__} has no layer that calls transformers' attention interface, so foveate cannot "
-            f"reach it{beside}: use a model whose documentation lists attn_implementation="
-        )
+        raise InvalidInput(_why_none(model, sorted(bypassed)))
     return reached, sorted(bypassed)
+
+
+def _why_none(model: nn.Module, bypassed: list[str]) -> str:
+    """Why no layer of a model can be reached, and what to do."""
+    name = type(model).__name__
+    if bypassed:
+        return (
+            f"{name} has no layer that calls transformers' attention interface, so foveate cannot reach it; "
+            f"{', '.join(bypassed)} compute their own: use a model whose documentation lists attn_implementation="
+        )
+    there = vars(sys.modules.get(type(model).__module__, sys)).values()
+    known = sorted(kind.__name__ for kind in there if isinstance(kind, type) and kind_of(kind) == "reached")
+    if known:
+        return (
+            f"{name} has no attention layer, for its configuration makes none: there is nothing to patch; "
+            f"patch reaches {', '.join(known)} where a configuration asks for it"
+        )
+    return f"{name} has no attention layer: there is nothing to patch"
 
 
 def kind_of(kind: type) -> str:
@@ -37,7 +52,9 @@ def kind_of(kind: type) -> str:
     if kind is nn.MultiheadAttention:
         return "bypassed"
     called: set[str] = set()
-    for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
+    for each in (
+        kind.__mro__ if issubclass(kind, nn.Module) else ()
+    ):  # what a class inherits counts as its own, down to where forward is written
         if each is nn.Module:
             break
         functions = (inspect.unwrap(part) for part in vars(each).values() if inspect.isfunction(part))
