@@ -40,7 +40,7 @@ def _why_none(model: nn.Module) -> str:
             f"{name} has no layer that calls transformers' attention interface, so foveate cannot reach it; "
             f"{names} compute their own: use a model whose documentation lists attn_implementation="
         )
-    there = vars(sys.modules.get(type(model).__module__, sys)).values()
+    there = vars(sys.modules[type(model).__module__]).values()
     known = sorted(kind.__name__ for kind in there if isinstance(kind, type) and kind_of(kind) == "reached")
     if known:
         return (
@@ -54,10 +54,10 @@ def kind_of(kind: type) -> str:
     """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
     if kind is nn.MultiheadAttention:
         return "bypassed"
+    if not issubclass(kind, nn.Module):
+        return ""
     called: set[str] = set()
-    for each in (
-        kind.__mro__ if issubclass(kind, nn.Module) else ()
-    ):  # what a class inherits counts as its own, down to where forward is written
+    for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
         if each is nn.Module:
             break
         functions = (inspect.unwrap(part) for part in vars(each).values() if inspect.isfunction(part))
