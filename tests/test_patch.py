@@ -215,6 +215,12 @@ def test_a_hybrid_without_an_attention_layer_is_told_apart(kind: str) -> None:
             switch(hybrid(kind))
 
 
+def test_attention_of_a_kind_that_has_no_softmax_is_somebodys_own() -> None:
+    config = transformers.YosoConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=29)
+    with pytest.raises(fv.InvalidInput, match=r"YosoForMaskedLM has no layer .* YosoSelfAttention compute their own"):
+        fv.patch(transformers.YosoForMaskedLM(config))
+
+
 def test_a_model_of_a_kind_without_attention_is_told_apart() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     with pytest.raises(fv.InvalidInput, match="ResNetModel has no attention layer: there is nothing to patch"):

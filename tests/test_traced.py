@@ -211,5 +211,33 @@ def test_offsets_of_texts_that_cannot_be_compared_are_taken_apart() -> None:
         torch.testing.assert_close(graph(q, k, same, others), packed(q, k, same, others))
 
 
+def test_global_tokens_of_a_traced_layer_may_be_others() -> None:
+    torch.manual_seed(3)
+    attention = fv.nn.LongformerAttention(24, 3, window=2).eval().requires_grad_(False)
+    x = torch.randn(2, 11, 24)
+    chosen = torch.zeros(3, 2, 11, dtype=torch.bool)
+    chosen[1, :, 0] = chosen[2, 0, 3:7] = chosen[2, 1, 5] = True
+
+    def layer(x: Tensor, chosen: Tensor) -> Tensor:
+        return attention(x, global_tokens=chosen)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        graph = traced(layer, x, chosen[1])  # type: ignore[arg-type]
+        for one in chosen:
+            torch.testing.assert_close(graph(x, one), layer(x, one))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert layer(fake.from_tensor(x), fake.from_tensor(chosen[2])).shape == x.shape
+
+
+def test_positions_that_a_trace_would_keep_are_refused() -> None:
+    def attend(q: Tensor, places: Tensor) -> Tensor:
+        return fv.attention(q, q, q, fv.window(2) | fv.global_tokens(places))
+
+    with pytest.raises(
+        fv.InvalidInput, match=r"would keep the numbers of today: give a boolean tensor \[batch, length"
+    ):
+        traced(attend, torch.randn(1, 2, 7, 8), torch.tensor([0, 3]))  # type: ignore[arg-type]
+
+
 def test_every_family_is_named_here() -> None:
     assert set(HF) < set(FAMILIES)

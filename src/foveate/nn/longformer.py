@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.functional import merge_by_rows
 from foveate.nn.attention import SelfAttention
@@ -108,7 +109,9 @@ class LongformerAttention(SelfAttention):
 def _rows(chosen: Tensor) -> Tensor | None:
     """The places of True in each row, −1 where a row has fewer than the fullest one; None where there are none."""
     count = chosen.sum(1, keepdim=True)
-    most = int(count.max()) if count.numel() else 0
+    most = 0
+    if count.numel():  # a trace has to hold for other numbers
+        most = int(count.max()) if is_known(count) else chosen.shape[1]
     if not most:
         return None
     places = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]

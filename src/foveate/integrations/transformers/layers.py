@@ -25,19 +25,22 @@ def attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]
         elif kinds[type(module)] == "bypassed":
             bypassed.add(type(module).__name__)
     if not reached:
-        raise InvalidInput(_why_none(model, sorted(bypassed)))
+        raise InvalidInput(_why_none(model))
     return reached, sorted(bypassed)
 
 
-def _why_none(model: nn.Module, bypassed: list[str]) -> str:
+def _why_none(model: nn.Module) -> str:
     """Why no layer of a model can be reached, and what to do."""
     name = type(model).__name__
-    if bypassed:
+    kinds = {type(module) for module in model.modules()}
+    own = [kind for kind in kinds if kind_of(kind) == "bypassed"] or list(filter(_is_called_attention, kinds))
+    if own:
+        names = ", ".join(sorted(kind.__name__ for kind in own))
         return (
             f"{name} has no layer that calls transformers' attention interface, so foveate cannot reach it; "
-            f"{', '.join(bypassed)} compute their own: use a model whose documentation lists attn_implementation="
+            f"{names} compute their own: use a model whose documentation lists attn_implementation="
         )
-    there = vars(sys.modules.get(type(model).__module__, sys)).values()
+    there = vars(sys.modules[type(model).__module__]).values()
     known = sorted(kind.__name__ for kind in there if isinstance(kind, type) and kind_of(kind) == "reached")
     if known:
         return (
@@ -51,10 +54,10 @@ def kind_of(kind: type) -> str:
     """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
     if kind is nn.MultiheadAttention:
         return "bypassed"
+    if not issubclass(kind, nn.Module):
+        return ""
     called: set[str] = set()
-    for each in (
-        kind.__mro__ if issubclass(kind, nn.Module) else ()
-    ):  # what a class inherits counts as its own, down to where forward is written
+    for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
         if each is nn.Module:
             break
         functions = (inspect.unwrap(part) for part in vars(each).values() if inspect.isfunction(part))
@@ -63,8 +66,11 @@ def kind_of(kind: type) -> str:
             break
     if {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= called:
         return "reached"
-    attends = "Attention" in kind.__name__ or "Attn" in kind.__name__
-    return "bypassed" if attends and called & _OWN else ""
+    return "bypassed" if _is_called_attention(kind) and called & _OWN else ""
+
+
+def _is_called_attention(kind: type) -> bool:
+    return "Attention" in kind.__name__ or "Attn" in kind.__name__
 
 
 def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> set[str]:
