@@ -3,36 +3,36 @@
 //        64 query rows →            for every tile of 64 keys that is not empty:
 //   key  ┌───────────────┐            scores  = K·Qᵀ · scale
 //    ↓   │ Sᵀ  (lanes)   │            hidden  = −inf                  (partial tiles only, by bits)
-//        │               │            base, weights = 2^(score − base), running sum
+//        │               │            base, weights = exp(score − base), running sum
 //        └───────────────┘            Oᵀ      = Oᵀ · shrink + Vᵀ·Pᵀ   (a fresh product, then one addition)
 //
 // The base of a row is not always its maximum: it is raised only when a score stands more than 2^8 above it. Then most
 // tiles rescale nothing, and no weight is larger than 2^8.
 constexpr int tiles_in_group = 32;
 constexpr float slack = 8;
-constexpr float log2e = 1.44269504088896f, ln2 = 0.693147180559945f;
 
-// The running state of 64 rows: the base (a binary logarithm), the sum of the weights, and their sum of values.
+// The running state of 64 rows: the base (a score), the sum of the weights, and their sum of values.
 struct State {
     float *base, *total, *out;
+
+    void clear(int64_t active) const {
+        for (int64_t n = 0; n < active * lanes; n += lanes) store(base + n, spread(-INFINITY)), store(total + n, Floats{});
+    }
 };
 
 // Two running states of a tile of rows. Tiles are summed in groups, so that a long row is not rounded once for every tile:
 // at 65,536 keys that keeps the relative error below 1e-6. A row of few tiles has one group and is never joined.
 struct Running {
     State whole, group;
+    float binary;
     int64_t active, visited = 0;  // vectors of rows; tiles in this group
     int64_t step = tile;          // from one number of `out` to the next
     bool joined = false;
 
-    // Before any key: nothing, or a sink's weight. The sum of values is not cleared: its first product is stored fresh.
-    void begin(const Call& call, int64_t head, int64_t rows) {
-        active = (rows + lanes - 1) / lanes;
-        const float sink = call.sinks ? call.sinks[head] * log2e : -INFINITY;
-        fill(group, sink, sink == -INFINITY ? 0.0f : 1.0f);
-    }
-    void fill(const State& state, float base, float total) const {
-        for (int64_t n = 0; n < active * lanes; n += lanes) store(state.base + n, spread(base)), store(state.total + n, spread(total));
+    // Before any key. The sum of values is not cleared: its first product is stored fresh.
+    void begin(float with_binary, int64_t rows) {
+        binary = with_binary, active = (rows + lanes - 1) / lanes;
+        group.clear(active);
     }
     void zero(int64_t value_dim) const {
         for (int64_t d = 0; d < value_dim; ++d) memset(group.out + d * step, 0, sizeof(float) * lanes * static_cast<size_t>(active));
@@ -42,7 +42,7 @@ struct Running {
     bool next(int64_t value_dim) {
         if (visited++ < tiles_in_group) return visited == 1;
         join(value_dim);
-        fill(group, -INFINITY, 0);
+        group.clear(active);
         visited = 1;
         return true;
     }
@@ -56,7 +56,8 @@ struct Running {
         for (int64_t n = 0; n < active * lanes; n += lanes) {
             const Floats top = larger(load(whole.base + n), load(group.base + n));
             const Floats base = top == spread(-INFINITY) ? Floats{} : top;
-            const Floats mine = power_of_two(load(whole.base + n) - base), theirs = power_of_two(load(group.base + n) - base);
+            const Floats mine = power_of_two((load(whole.base + n) - base) * spread(binary));
+            const Floats theirs = power_of_two((load(group.base + n) - base) * spread(binary));
             store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
             store(whole.base + n, top);
             for (int64_t d = 0; d < value_dim; ++d) {
@@ -81,18 +82,18 @@ static bool weigh(float* scores, int64_t keys, float binary, const State& state,
         for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
     Ints raised{};
     for (int n = 0; n < wide; ++n) {
-        const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
-        const Ints above = new_top > old + spread(slack);
-        const Floats risen = above ? new_top : old;
+        const Floats old = load(state.base + n * lanes);
+        const Ints above = (top[n] - old) * spread(binary) > spread(slack);
+        const Floats risen = above ? top[n] : old;
         raised |= above;
         base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
+        store(shrink + n * lanes, above ? power_of_two((old - base[n]) * spread(binary)) : spread(1.0f));
         store(state.base + n * lanes, risen);
     }
     for (int64_t key = 0; key < keys; ++key)
         for (int n = 0; n < wide; ++n) {
             float* place = scores + key * step + n * lanes;
-            const Floats weight = power_of_two(load(place) * spread(binary) - base[n]);
+            const Floats weight = power_of_two((load(place) - base[n]) * spread(binary));
             store(place, weight);
             sum[n] += weight;
         }
@@ -144,21 +145,57 @@ static void leave_row(const Call& call, int64_t place, const float* numbers) {
         narrow_row(numbers, static_cast<uint16_t*>(call.out.data) + place, call.value_dim, call.dtype == Dtype::bfloat16);
 }
 
-// The log-sum-exp of row number `at` of all.
-static inline void leave_lse(const Call& call, int64_t at, float base, float sum) {
-    const double exact = static_cast<double>(base) * 0.693147180559945309 + log(static_cast<double>(sum));
-    const float rounded = sum == 0 ? -INFINITY : static_cast<float>(exact);
-    call.lse[at] = rounded;
-    if (call.rest) call.rest[at] = rounded - rounded == 0 ? static_cast<float>(exact - rounded) : 0.0f;
+// How a row ends: the log-sum-exp is `ground` + `above`, the values are to be multiplied with `factor`, and `sunk` is the
+// share of a sink, which takes part here alone.
+struct Ending {
+    double ground, above, factor, sunk;
+
+    float lse() const { return static_cast<float>(ground + above); }
+};
+
+static inline Ending ending_of(const Call& call, int64_t head, float base, float sum) {
+    Ending end{base == -INFINITY ? 0.0 : base * unit_of(call), -INFINITY, 0, 0};
+    if (!call.sinks) {
+        if (sum != 0) end.above = log(static_cast<double>(sum)), end.factor = 1.0 / sum;
+        return end;
+    }
+    const double sink = call.sinks[head] - end.ground, top = sink > 0 ? sink : 0;
+    const double share = exp(-top), sunk = exp(sink - top), whole = sum * share + sunk;
+    if (whole != 0) end.above = top + log(whole), end.factor = share / whole, end.sunk = sunk / whole;
+    return end;
+}
+
+// What a backward pass makes the weights of a row from again: exp((score − base) · unit − above), `base` being a score as
+// kernels have it. A single float32 would lose what is above it, and two, of which one is a number below 1, lose nothing.
+struct Kept {
+    float base, above, sunk, moves;  // moves: 0 if one key has all the weight, whatever its value; else 1
+};
+constexpr int64_t kept_floats = 4;
+
+static inline Kept kept_of(const Call& call, const Ending& end, float sum) {
+    const double unit = unit_of(call);
+    const float base = end.above == -INFINITY ? INFINITY : static_cast<float>((end.ground + end.above) / unit);
+    const double above = base - base == 0 ? end.ground - base * unit + end.above : 0;
+    return {base, static_cast<float>(above), static_cast<float>(end.sunk), sum == 1 && end.sunk == 0 ? 0.0f : 1.0f};
+}
+
+// Row number `at` of all leaves; returns the factor of its values.
+static inline float leave_sums(const Call& call, int64_t head, int64_t at, float base, float sum) {
+    const Ending end = ending_of(call, head, base, sum);
+    call.lse[at] = end.lse();
+    if (call.rest) {
+        const Kept kept = kept_of(call, end, sum);
+        memcpy(call.rest + at * kept_floats, &kept, sizeof kept);
+    }
+    return static_cast<float>(end.factor);
 }
 
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
                   float* factors, float* row_scratch, int64_t step = tile) {
     for (int64_t row = 0; row < rows; ++row) {
-        const float sum = state.total[row];
-        factors[row] = sum == 0 ? 0.0f : 1.0f / sum;
-        leave_lse(call, (batch * call.heads + head) * call.queries + first_row + row, state.base[row], sum);
+        const int64_t at = number_of(call, batch, head, first_row + row);
+        factors[row] = leave_sums(call, head, at, state.base[row], state.total[row]);
     }
     for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
@@ -168,9 +205,8 @@ static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_r
 
 static void forward(const Call& call, const Band& band, char* scratch) {
     const int64_t dim = call.dim, value_dim = call.value_dim, key_head = band.head / (call.heads / call.key_heads);
-    const float sign = call.scale < 0 ? -1.0f : 1.0f, scale = sign * call.scale;
     const bool adjusted = adjusts(call);
-    const float binary = adjusted ? log2e : scale * log2e;  // positive: the maximum may be taken of raw scores
+    const float binary = binary_of(call);
     float* scores = reinterpret_cast<float*>(scratch);
     float* wide_k = scores + tile * tile;
     float* wide_v = wide_k + tile * padded(dim);
@@ -185,8 +221,8 @@ static void forward(const Call& call, const Band& band, char* scratch) {
         q[r] = next, next += tile * dim;
         state[r].whole = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
         state[r].group = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        state[r].begin(call, band.head, mine.rows);
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, sign, q[r]);
+        state[r].begin(binary, mine.rows);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, q[r]);
     }
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
@@ -200,7 +236,7 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             dot_products(k, keys, q[r], dim, active, scores);
-            if (adjusted) adjust(call, at, scale, active, scores, nullptr);
+            if (adjusted) adjust(call, at, active, scores, nullptr);
             uint64_t seen[tile];
             const bool masked = mine.hides(seen);
             if (masked) hide(scores, seen, keys, active);

@@ -18,15 +18,15 @@ static inline void pairs_over(const float* scores, int64_t keys, float binary, c
     for (; key + 2 <= keys; key += 2)
         for (int n = 0; n < wide; ++n) {
             const float* place = scores + key * half + n * lanes;
-            const Floats one = power_of_two<Digits::few>(load(place) * spread(binary) - base[n]);
-            const Floats two = power_of_two<Digits::few>(load(place + half) * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>((load(place) - base[n]) * spread(binary));
+            const Floats two = power_of_two<Digits::few>((load(place + half) - base[n]) * spread(binary));
             sum[n] += one + two;
             store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, two));
         }
     for (; key < blocks(keys, 32) * 32; key += 2)
         for (int n = 0; n < wide; ++n) {
             const Floats last = key < keys ? load(scores + key * half + n * lanes) : spread(-INFINITY);
-            const Floats one = power_of_two<Digits::few>(last * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>((last - base[n]) * spread(binary));
             sum[n] += one;
             store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, Floats{}));
         }
@@ -53,10 +53,10 @@ static bool weigh_pairs(const float* scores, int64_t keys, float binary, const S
     for (int n = 0; n < wide && !holds; ++n) {
         Floats top = spread(-INFINITY);
         for (int64_t key = 0; key < keys; ++key) top = larger(load(scores + key * half + n * lanes), top);
-        const Floats old = base[n], risen = wanting[n] ? larger(top * spread(binary), old) : old;
+        const Floats old = base[n], risen = wanting[n] ? larger(top, old) : old;
         raised |= risen > old;
         base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, risen > old ? power_of_two(old - base[n]) : spread(1.0f));
+        store(shrink + n * lanes, risen > old ? power_of_two((old - base[n]) * spread(binary)) : spread(1.0f));
         store(state.base + n * lanes, risen);
     }
     if (!holds) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
@@ -106,8 +106,8 @@ struct Visit {
 static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     const int64_t dim = call.dim, value_dim = call.value_dim, value_wide = blocks(value_dim, 16) * 16;
     const int64_t key_head = band.head / (call.heads / call.key_heads);
-    const bool negative = call.scale < 0, adjusted = adjusts(call);
-    const float scale = negative ? -call.scale : call.scale, binary = adjusted ? log2e : scale * log2e;
+    const bool adjusted = adjusts(call);
+    const float binary = binary_of(call);
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const int64_t key_floats = tile * pair_stride(dim) / 2, value_floats = tile * value_wide / 2;
@@ -130,9 +130,9 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
         state[h].group = {room(half), room(half), room(half * value_wide)};
         state[h].step = half;
         const int64_t first_row = band.first * tile + h * half, rows = rows_of_half(h);
-        state[h].begin(call, band.head, rows);
+        state[h].begin(binary, rows);
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, ready[0].key_rows, false), rows, dim,
-                  negative, q[h], half);
+                  q[h], half);
     }
 
     const PairUnit unit;
@@ -182,7 +182,7 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
             Running& running = state[now.h];
             const bool first = running.next(value_wide);
             const State& mine = running.group;
-            if (adjusted) adjust(call, at, scale, active, scores, nullptr, half);
+            if (adjusted) adjust(call, at, active, scores, nullptr, half);
             uint64_t seen[tile];
             const bool masked = now.mine.hides(seen);
             if (masked) hide(scores, seen, keys, active, above, half);

@@ -23,6 +23,20 @@ static inline Floats floats_of(Ints x) { return reinterpret_cast<Floats&>(x); }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// A product that no compiler fuses with what is added to it: the same number in every pass.
+static inline Floats rounded(Floats x) {
+#if defined(FOVEATE_AVX512)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(FOVEATE_NEON)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 static inline bool any(Ints truth) {
 #if defined(FOVEATE_AVX512)
     return _mm512_movepi32_mask(reinterpret_cast<__m512i&>(truth)) != 0;
