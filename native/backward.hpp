@@ -56,14 +56,13 @@ static Ready ready_at(float* q, float* d_out, bool summed, Room room) {
 
 // What the forward pass kept of row number `at` of all, or as much of it as the rounded log-sum-exp says.
 static inline Kept kept_at(const Call& call, int64_t head, int64_t at) {
-    Kept kept;
     if (call.rest) {
+        Kept kept;
         memcpy(&kept, call.rest + at * kept_floats, sizeof kept);
         return kept;
     }
     const double lse = call.lse[at];
-    kept = kept_of(call, {0, lse, 0, call.sinks && lse != -INFINITY ? exp(call.sinks[head] - lse) : 0}, 0);
-    return kept;
+    return kept_of(call, 0, lse, call.sinks && lse != -INFINITY ? static_cast<float>(exp(call.sinks[head] - lse)) : 0.0f, 1);
 }
 
 // What was kept (or `found`) and δ of a tile of rows.
@@ -136,7 +135,6 @@ static bool scored(const Call& call, const Columns& mine, const Place& at, float
 // Where the sums of the forward pass had another order, or only a rounded log-sum-exp is left of it, large scores are not
 // those that the weights have to be over: their bases are found again, from the scores of this pass.
 static bool finds_bases(const Gradients& g, int64_t at, int64_t rows) {
-    constexpr float large = 64;
     bool found = g.other_order;
     for (int64_t row = at; row < at + rows && !g.call.rest; ++row)
         found |= fabsf(g.call.lse[row]) > large && g.call.lse[row] != -INFINITY;
@@ -145,18 +143,19 @@ static bool finds_bases(const Gradients& g, int64_t at, int64_t rows) {
 
 template <typename Raw>  // raw(first key, keys): scores of these rows and keys as the products leave them, into `scores`
 static void find_bases(const Call& call, int64_t batch, int64_t head, Columns mine, float* scores, Kept* found, Raw raw) {
-    float base[tile], total[tile], shrink[tile];
-    const State state{base, total, nullptr};
+    float base[tile], times[tile], total[tile], shrink[tile];
+    const State state{base, times, total, nullptr};
+    bool far = near < 0;
     const int64_t active = (mine.rows + lanes - 1) / lanes;
     state.clear(active);
     for (; !mine.done(); mine.next()) {
         const int64_t first_key = mine.column() * tile, keys = keys_at(call, batch, first_key);
         raw(first_key, keys);
         scored(call, mine, {batch, head, mine.first_row, mine.rows, first_key, keys}, scores, nullptr);
-        weigh_all(scores, keys, active, binary_of(call), state, shrink);
+        weigh_all(scores, keys, active, binary_of(call), state, far, shrink);
     }
-    for (int64_t row = 0; row < mine.rows; ++row)
-        found[row] = kept_of(call, ending_of(call, head, base[row], total[row]), total[row]);
+    const Endings ends(call, head, state, mine.rows);
+    for (int64_t row = 0; row < mine.rows; ++row) found[row] = ends.kept(call, row);
 }
 
 // The middle of it: `weights` holds raw scores, `d_scores` the gradients of weights.

@@ -351,7 +351,7 @@ static void merge(const Call& call, int64_t batch, int64_t key_head, const float
             for (int64_t d = 0; d < value_wide && share != 0; d += lanes)
                 store(out + d, load(out + d) + load(mine + n * step + 2 + d) * spread(share));
         }
-        const float factor = leave_sums(call, head, number_of(call, batch, head, query), top, total);
+        const float factor = leave_sum(call, head, number_of(call, batch, head, query), top, total);
         for (int64_t d = 0; d < value_wide; d += lanes) store(out + d, load(out + d) * spread(factor));
         leave_row(call, batch * call.out.batch + head * call.out.head + query * call.out.row, out);
     }

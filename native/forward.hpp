@@ -11,20 +11,12 @@
 constexpr int tiles_in_group = 32;
 constexpr float slack = 8;
 
-// The running state of 64 rows: the base (a score), the sum of the weights, and their sum of values.
-struct State {
-    float *base, *total, *out;
-
-    void clear(int64_t active) const {
-        for (int64_t n = 0; n < active * lanes; n += lanes) store(base + n, spread(-INFINITY)), store(total + n, Floats{});
-    }
-};
-
 // Two running states of a tile of rows. Tiles are summed in groups, so that a long row is not rounded once for every tile:
 // at 65,536 keys that keeps the relative error below 1e-6. A row of few tiles has one group and is never joined.
 struct Running {
     State whole, group;
     float binary;
+    bool far = near < 0;
     int64_t active, visited = 0;  // vectors of rows; tiles in this group
     int64_t step = tile;          // from one number of `out` to the next
     bool joined = false;
@@ -54,12 +46,10 @@ struct Running {
             return;
         }
         for (int64_t n = 0; n < active * lanes; n += lanes) {
-            const Floats top = larger(load(whole.base + n), load(group.base + n));
-            const Floats base = top == spread(-INFINITY) ? Floats{} : top;
-            const Floats mine = power_of_two((load(whole.base + n) - base) * spread(binary));
-            const Floats theirs = power_of_two((load(group.base + n) - base) * spread(binary));
+            const Floats top = load(group.base + n);
+            const Floats mine = whole.raise(n, top, top > load(whole.base + n), binary, far);
+            const Floats theirs = group.over(n, whole.ground(n), whole.slip(n, binary), binary);
             store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
-            store(whole.base + n, top);
             for (int64_t d = 0; d < value_dim; ++d) {
                 float* place = whole.out + d * step + n;
                 store(place, load(place) * mine + load(group.out + d * step + n) * theirs);
@@ -73,47 +63,53 @@ struct Running {
     }
 };
 
-// Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
-template <int wide>
-static bool weigh(float* scores, int64_t keys, float binary, const State& state, float* shrink, int64_t step) {
-    Floats top[wide], base[wide], sum[wide];
-    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
-    for (int64_t key = 0; key < keys; ++key)
-        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
-    Ints raised{};
-    for (int n = 0; n < wide; ++n) {
-        const Floats old = load(state.base + n * lanes);
-        const Ints above = (top[n] - old) * spread(binary) > spread(slack);
-        const Floats risen = above ? top[n] : old;
-        raised |= above;
-        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, above ? power_of_two((old - base[n]) * spread(binary)) : spread(1.0f));
-        store(state.base + n * lanes, risen);
-    }
+template <int wide, bool far>
+static inline void weights_over(float* scores, int64_t keys, const Bases<wide, far>& bases, Floats (&sum)[wide], int64_t step) {
+    for (int n = 0; n < wide; ++n) sum[n] = Floats{};
     for (int64_t key = 0; key < keys; ++key)
         for (int n = 0; n < wide; ++n) {
             float* place = scores + key * step + n * lanes;
-            const Floats weight = power_of_two((load(place) - base[n]) * spread(binary));
+            const Floats weight = power_of_two(bases.exponent(load(place), n));
             store(place, weight);
             sum[n] += weight;
         }
+}
+
+// Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
+template <int wide>
+static bool weigh(float* scores, int64_t keys, float binary, const State& state, bool& far, float* shrink, int64_t step) {
+    Floats top[wide], sum[wide];
+    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY);
+    for (int64_t key = 0; key < keys; ++key)
+        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
+    Ints above[wide], raised{};
+    for (int n = 0; n < wide; ++n) {
+        above[n] = (top[n] - load(state.base + n * lanes)) * spread(binary) > spread(slack);
+        raised |= above[n];
+        store(shrink + n * lanes, spread(1.0f));
+    }
+    const bool any_raised = any(raised);
+    for (int n = 0; n < wide && any_raised; ++n)
+        store(shrink + n * lanes, state.raise(n * lanes, top[n], above[n], binary, far));
+    if (near < 0 || far)
+        weights_over<wide>(scores, keys, Bases<wide, true>(state, binary), sum, step);
+    else
+        weights_over<wide>(scores, keys, Bases<wide, false>(state, binary), sum, step);
     for (int n = 0; n < wide; ++n) {
         float* total = state.total + n * lanes;
         store(total, load(total) * load(shrink + n * lanes) + sum[n]);
     }
-    return any(raised);
+    return any_raised;
 }
 
-static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, float* shrink,
+static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, bool& far, float* shrink,
                       int64_t step = tile) {
     bool raised = false;
     int64_t n = 0;
     for (; n + 4 <= active; n += 4)
-        raised |= weigh<4>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
+        raised |= weigh<4>(scores + n * lanes, keys, binary, state.from(n * lanes), far, shrink + n * lanes, step);
     for (; n < active; ++n)
-        raised |= weigh<1>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
+        raised |= weigh<1>(scores + n * lanes, keys, binary, state.from(n * lanes), far, shrink + n * lanes, step);
     return raised;
 }
 
@@ -135,7 +131,7 @@ static void guarded_products(const Rows& v, int64_t value_dim, const float* weig
 static int64_t forward_bytes(const Call& call, int64_t tile_rows) {
     // Keys and values as float32, scores, factors, rows on their way out; for each tile of rows: queries, two states.
     const int64_t shared = tile * (padded(call.dim) + padded(call.value_dim) + tile + 1) + lanes * (call.value_dim + lanes);
-    return 4 * (shared + tile_rows * tile * (call.dim + 2 * call.value_dim + 4));
+    return 4 * (shared + tile_rows * tile * (call.dim + 2 * call.value_dim + 6));
 }
 
 static void leave_row(const Call& call, int64_t place, const float* numbers) {
@@ -145,59 +141,10 @@ static void leave_row(const Call& call, int64_t place, const float* numbers) {
         narrow_row(numbers, static_cast<uint16_t*>(call.out.data) + place, call.value_dim, call.dtype == Dtype::bfloat16);
 }
 
-// How a row ends: the log-sum-exp is `ground` + `above`, the values are to be multiplied with `factor`, and `sunk` is the
-// share of a sink, which takes part here alone.
-struct Ending {
-    double ground, above, factor, sunk;
-
-    float lse() const { return static_cast<float>(ground + above); }
-};
-
-static inline Ending ending_of(const Call& call, int64_t head, float base, float sum) {
-    Ending end{base == -INFINITY ? 0.0 : base * unit_of(call), -INFINITY, 0, 0};
-    if (!call.sinks) {
-        if (sum != 0) end.above = log(static_cast<double>(sum)), end.factor = 1.0 / sum;
-        return end;
-    }
-    const double sink = call.sinks[head] - end.ground, top = sink > 0 ? sink : 0;
-    const double share = exp(-top), sunk = exp(sink - top), whole = sum * share + sunk;
-    if (whole != 0) end.above = top + log(whole), end.factor = share / whole, end.sunk = sunk / whole;
-    return end;
-}
-
-// What a backward pass makes the weights of a row from again: exp((score − base) · unit − above), `base` being a score as
-// kernels have it. A single float32 would lose what is above it, and two, of which one is a number below 1, lose nothing.
-struct Kept {
-    float base, above, sunk, moves;  // moves: 0 if one key has all the weight, whatever its value; else 1
-};
-constexpr int64_t kept_floats = 4;
-
-static inline Kept kept_of(const Call& call, const Ending& end, float sum) {
-    const double unit = unit_of(call);
-    const float base = end.above == -INFINITY ? INFINITY : static_cast<float>((end.ground + end.above) / unit);
-    const double above = base - base == 0 ? end.ground - base * unit + end.above : 0;
-    return {base, static_cast<float>(above), static_cast<float>(end.sunk), sum == 1 && end.sunk == 0 ? 0.0f : 1.0f};
-}
-
-// Row number `at` of all leaves; returns the factor of its values.
-static inline float leave_sums(const Call& call, int64_t head, int64_t at, float base, float sum) {
-    const Ending end = ending_of(call, head, base, sum);
-    call.lse[at] = end.lse();
-    if (call.rest) {
-        const Kept kept = kept_of(call, end, sum);
-        memcpy(call.rest + at * kept_floats, &kept, sizeof kept);
-    }
-    return static_cast<float>(end.factor);
-}
-
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
                   float* factors, float* row_scratch, int64_t step = tile) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = number_of(call, batch, head, first_row + row);
-        factors[row] = leave_sums(call, head, at, state.base[row], state.total[row]);
-    }
-    for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
+    leave_sums(call, head, number_of(call, batch, head, first_row), state, rows, factors);
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
     const auto take = [&](int64_t row, const float* numbers) { leave_row(call, at + row * call.out.row, numbers); };
     unlay(state.out, rows, call.value_dim, factors, row_scratch, take, step);
@@ -219,8 +166,8 @@ static void forward(const Call& call, const Band& band, char* scratch) {
     for (int64_t r = 0; r < band.count; ++r) {
         const Columns& mine = columns.of[r];
         q[r] = next, next += tile * dim;
-        state[r].whole = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        state[r].group = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
+        state[r].whole = {next, next + tile, next + 2 * tile, next + 3 * tile}, next += tile * (value_dim + 3);
+        state[r].group = {next, next + tile, next + 2 * tile, next + 3 * tile}, next += tile * (value_dim + 3);
         state[r].begin(binary, mine.rows);
         lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, q[r]);
     }
@@ -240,7 +187,7 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             uint64_t seen[tile];
             const bool masked = mine.hides(seen);
             if (masked) hide(scores, seen, keys, active);
-            const bool raised = weigh_all(scores, keys, active, binary, group, shrink);
+            const bool raised = weigh_all(scores, keys, active, binary, group, state[r].far, shrink);
             if (call.threshold) drop(call, at, active, scores);
             if ((masked || call.bias || call.threshold) && !finite(v, keys, value_dim)) {
                 if (first) state[r].zero(value_dim);

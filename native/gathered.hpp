@@ -422,7 +422,7 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
     for (int64_t n = 0; n < band.count * rows; ++n) {
         const int64_t head = band.head * rows + n % rows, query = band.first + n / rows;
         const float whole = sum_of(load(total + n * lanes));
-        const float factor = leave_sums(call, head, number_of(call, band.batch, head, query), base[n], whole);
+        const float factor = leave_sum(call, head, number_of(call, band.batch, head, query), base[n], whole);
         float* sums = out + n * value_wide;
         for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
         leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);

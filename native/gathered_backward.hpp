@@ -1,45 +1,42 @@
-// The gradients of gathered.hpp. Weights are made again from scores that have to be those of the forward pass to the bit, so
-// where the matrix unit made them it makes them here.
+// The gradients of gathered.hpp.
 
 #if defined(FOVEATE_AMX)
-static int64_t rows_in_unit(const Call& call) { return gathers_pairs(call) ? unit_rows(call) : 0; }
-#else
-static int64_t rows_in_unit(const Call&) { return 0; }
-#endif
-
-// Raw scores of picked keys, [row][key].
-struct PickedScores {
-    int64_t unit;  // rows there; 0: not made by it
+// Raw scores of picked keys, [row][key], by the matrix unit: weights have to be made again from those of the forward pass.
+// Where they are not large the vectors' own will do, and the unit would slow these down.
+struct UnitScores {
+    const Gathering& piece;
+    int64_t rows, pairs;
     uint32_t* q;
     float* by_key;
     uint16_t* key_rows;
+    GatherUnit unit;
 
     static int64_t floats(const Call& call, int64_t height) {
-        return rows_in_unit(call) ? rows_in_unit(call) * (height * padded(call.dim) + tile) + tile * padded(call.dim) : 0;
+        return unit_rows(call) * (height * padded(call.dim) + tile) + tile * padded(call.dim);
     }
     template <typename Room>
-    PickedScores(const Call& call, const Band& band, const Gathering& piece, Room room) : unit(rows_in_unit(call)) {
-        if (!unit) return;
-        q = reinterpret_cast<uint32_t*>(room(unit * band.count * piece.wide)), by_key = room(unit * tile);
-        key_rows = reinterpret_cast<uint16_t*>(room(tile * piece.wide));
-#if defined(FOVEATE_AMX)
-        lay_queries(call, band, piece.rows, unit, pair_stride(call.dim) / 2, q);
-#endif
+    UnitScores(const Gathering& piece, const Band& band, bool any_large, Room room)
+        : piece(piece), rows(unit_rows(piece.call)), pairs(pair_stride(piece.call.dim) / 2),
+          q(reinterpret_cast<uint32_t*>(room(rows * band.count * piece.wide))), by_key(room(rows * tile)),
+          key_rows(reinterpret_cast<uint16_t*>(room(tile * piece.wide))), unit(any_large ? rows : 0) {
+        if (any_large) lay_queries(piece.call, band, piece.rows, rows, pairs, q);
     }
-    void operator()(const Gathering& piece, const Picked& picked, int64_t t, const float* rows) const {
-#if defined(FOVEATE_AMX)
-        if (unit) {
-            const Call& call = piece.call;
-            picked_scores(call, piece.keys.place, picked, q + t * pair_stride(call.dim) / 2 * unit, unit, key_rows, by_key);
-            for (int64_t row = 0; row < piece.rows; ++row)
-                for (int64_t key = 0; key < picked.count; ++key) piece.scores[row * tile + key] = by_key[key * unit + row];
-            return;
-        }
-#endif
-        (void)t;
-        gathered_dots(rows, piece.rows, piece.wide, picked.k, picked.count, piece.scores);
+    void make(const Picked& picked, int64_t t) const {
+        picked_scores(piece.call, piece.keys.place, picked, q + t * pairs * rows, rows, key_rows, by_key);
+        for (int64_t row = 0; row < piece.rows; ++row)
+            for (int64_t key = 0; key < picked.count; ++key) piece.scores[row * tile + key] = by_key[key * rows + row];
     }
 };
+#else
+static bool gathers_pairs(const Call&) { return false; }
+
+struct UnitScores {  // there is none
+    static int64_t floats(const Call&, int64_t) { return 0; }
+    template <typename Room>
+    UnitScores(const Gathering&, const Band&, bool, Room) {}
+    void make(const Picked&, int64_t) const {}
+};
+#endif
 
 // The gradients of a tile of queries. It keeps those of its queries to the end; those of the keys of a stretch it collects
 // by itself, and adds them to what the tiles before it have added, in their order, as backward.hpp does.
@@ -49,7 +46,7 @@ static int64_t gathered_backward_bytes(const Call& call) {
     const int64_t height = gathered_height(call), rows = height * shared_rows(call);
     const int64_t wide = padded(call.dim), value_wide = padded(call.value_dim), keys = collected_keys(call);
     const int64_t scalars = 5 * shared_rows(call) * ((height + tile - 1) / tile * tile);
-    return 4 * (gathered_floats(call, height) + PickedScores::floats(call, height) + rows * (2 * wide + value_wide) + scalars +
+    return 4 * (gathered_floats(call, height) + UnitScores::floats(call, height) + rows * (2 * wide + value_wide) + scalars +
                 keys * (wide + value_wide) + (keys + 63) / 64 * 16 + 2 * tile * value_wide);
 }
 
@@ -68,11 +65,11 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
     const int64_t most_keys = collected_keys(call);
     float *dk = room(most_keys * wide), *dv = room(most_keys * value_wide);
     char* touched = reinterpret_cast<char*>(room((most_keys + 63) / 64 * 16));
-    const PickedScores score_picked(call, band, piece, room);
     fetch(call, call.q, band, rows, call.dim, q);
     fetch(call, g.d_out, band, rows, call.value_dim, d_out);
     memset(dq, 0, sizeof(float) * static_cast<size_t>(band.count * rows * wide));
     memset(touched, 0, static_cast<size_t>(most_keys));
+    bool is_large[gathered_queries]{}, any_large = false;  // by the matrix unit, that is
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t t = 0; t < band.count; t += tile) {
             const int64_t head = band.head * rows + row, first = band.first + t, count = least(tile, band.count - t);
@@ -81,10 +78,10 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
             const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
             rows_ready(g, band.batch, head, first, count, d_rows, out_rows,
                        {nullptr, nullptr, base + to, above + to, delta + to, moves + to, sunk + to, nullptr});
+            for (int64_t n = 0; n < count && gathers_pairs(call); ++n)
+                any_large |= is_large[t + n] |= fabsf(base[to + n]) * unit_of(call) > large && base[to + n] != INFINITY;
         }
-#if defined(FOVEATE_AMX)
-    const GatherUnit unit(score_picked.unit);
-#endif
+    const UnitScores by_unit(piece, band, any_large, room);
     Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
     Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
@@ -102,7 +99,10 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
                     memset(dv_at[n], 0, sizeof(float) * static_cast<size_t>(value_wide));
                 }
                 const float *mine = q + t * rows * wide, *d_mine = d_out + t * rows * value_wide;
-                score_picked(piece, picked, t, mine);
+                if (is_large[t])
+                    by_unit.make(picked, t);
+                else
+                    gathered_dots(mine, rows, wide, picked.k, picked.count, piece.scores);
                 gathered_dots(d_mine, rows, value_wide, picked.v, picked.count, piece.d_scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     float *score = piece.scores + row * tile, *d_score = piece.d_scores + row * tile, *slopes = piece.slopes;

@@ -243,7 +243,7 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
         const int64_t t = n / shared, row = n % shared, head = band.head * shared + row, query = band.first + t;
         float whole = 0;
         for (int64_t lane = row; lane < lanes; lane += rows) whole += total[t * lanes + lane];
-        const float factor = leave_sums(call, head, number_of(call, band.batch, head, query), base[t * lanes + row], whole);
+        const float factor = leave_sum(call, head, number_of(call, band.batch, head, query), base[t * lanes + row], whole);
         float* sums = out + (t * rows + row) * value_wide;
         for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
         leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);

@@ -45,6 +45,7 @@ namespace UNIT {
 #include "products.hpp"
 #include "tiles.hpp"
 #include "scores.hpp"
+#include "bases.hpp"
 #include "pairs.hpp"
 #include "forward.hpp"
 #include "forward_pairs.hpp"

@@ -83,15 +83,14 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
             }
         }
         const int64_t out = number_of(call, band.batch, band.head, mine.first_row);
+        const Endings ends(call, band.head, {base, nullptr, total, nullptr}, mine.rows);
         for (int64_t row = 0; row < mine.rows; ++row) {
             // All from the base, which is one of the scores, and not from the log-sum-exp, which has been rounded once more.
-            const float sum = total[row];
-            const Ending end = ending_of(call, band.head, base[row], sum);
-            const float factor = static_cast<float>(end.factor);
-            call.lse[out + row] = end.lse();
+            const float sum = total[row], factor = ends.factor[row], sunk = ends.sunk[row];
+            call.lse[out + row] = ends.lse(row);
             looked.bases[out + row] = sum == 0 ? INFINITY : base[row], looked.factors[out + row] = factor;
             // Σ −p · log p = Σ p · (lse − score) over the keys; a sink has a share of the sum and no part in this.
-            const double entropy = (1 - end.sunk) * end.above - end.factor * moment[row] * ln2;
+            const double entropy = (1.0 - sunk) * ends.above[row] - double(factor) * moment[row] * ln2;
             looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(static_cast<float>(entropy));
             double kept = 0;
             for (int64_t n = 0; n < top; ++n) {
@@ -102,7 +101,7 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
                 kept += weight;
             }
             const bool all_kept = top && places[entry(row, top - 1)] < 0 && sum == sum;
-            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1 - end.sunk - kept));
+            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1.0 - sunk - kept));
         }
     }
 }

@@ -126,14 +126,15 @@ static void adjust(const Call& call, const Place& at, int64_t active, float* sco
     for (int64_t n = 0; n < active * lanes; n += lanes) {
         for (int64_t key = 0; key < at.keys; ++key) {
             float* place = scores + key * step + n;
-            Floats score = load(place) * spread(call.scale);
+            const Floats raw = load(place), scale = spread(call.scale);
+            const Floats added = distances ? load(distances + n - at.first_key - key) : Floats{};
             if (call.softcap != 0) {
-                const Floats bent = tangent(score / spread(call.softcap));
-                score = spread(call.softcap) * bent;
+                const Floats bent = tangent(raw * scale / spread(call.softcap));
                 if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
+                store(place, rounded(spread(call.softcap) * bent) + added);
+            } else {
+                store(place, fused(raw, scale, added));
             }
-            if (distances) score = rounded(score) + load(distances + n - at.first_key - key);
-            store(place, score);
         }
         if (!bias) continue;
         for (int64_t first = 0; first < at.keys; first += lanes) {
@@ -177,12 +178,6 @@ static void hide(float* scores, const uint64_t* seen, int64_t keys, int64_t acti
 static bool adjusts(const Call& call) {
     return call.softcap != 0 || call.distances || call.bias || !(call.scale > 1e-30f && call.scale < 1e30f);
 }
-
-// A weight is 2^((score − base) · binary). The difference comes first: between large scores it is exact, so what a row has
-// in common costs no digit. In units of `unit_of` a score is what the softmax is of.
-constexpr double log2e = 1.44269504088896341, ln2 = 0.693147180559945309;
-static inline double unit_of(const Call& call) { return adjusts(call) ? 1.0 : call.scale; }
-static inline float binary_of(const Call& call) { return static_cast<float>(unit_of(call) * log2e); }
 
 // The factor of every weight of four neighbouring keys, for the rows in the lanes from n on: 0 or `boost`.
 static inline void dropped(const Call& call, const Place& at, int64_t key, int64_t n, Floats (&factors)[4]) {
