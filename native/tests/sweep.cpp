@@ -136,6 +136,7 @@ int main(int count, char** words) {
             for (size_t at = 0; at < here.size(); ++at) {
                 Results found(in, n % 3);
                 if (in.differentiates()) {
+                    found.keep(in, *here[at], 1 + n % 3);
                     for (int64_t b = 0; b < in.batch; ++b)
                         for (int64_t h = 0; h < in.heads; ++h)
                             for (int64_t row = 0; row < in.queries; ++row)
