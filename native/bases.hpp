@@ -81,12 +81,12 @@ static inline Kept kept_of(const Call& call, double ground, double above, float 
     return {base, base - base == 0 ? static_cast<float>(ground - base * unit + above) : 0.0f, sunk, moves};
 }
 
-// How the rows of a tile end. A sink takes part here alone.
+// How the rows of a tile end. A sink takes part here alone. `few`: some weights were made with few digits.
 struct Endings {
     double ground[tile], above[tile];
     float factor[tile], sunk[tile], moves[tile];  // factor: of the values
 
-    Endings(const Call& call, int64_t head, const State& state, int64_t rows) {
+    Endings(const Call& call, int64_t head, const State& state, int64_t rows, bool few = false) {
         const float binary = binary_of(call);
         const double unit = unit_of(call), sink = call.sinks ? call.sinks[head] : -INFINITY;
         float slips[tile], sinks[tile], rest[tile];
@@ -107,22 +107,27 @@ struct Endings {
             const Floats whole = total * share + drawn, inverse = spread(1.0f) / whole;
             const Ints none = whole == Floats{};
             store(factor + n, none ? Floats{} : share * inverse), store(sunk + n, none ? Floats{} : drawn * inverse);
-            const Ints single = (total == (slip == Floats{} ? spread(1.0f) : power_of_two(slip))) & (drawn == Floats{});
-            store(moves + n, single ? Floats{} : spread(1.0f));
+            Ints single = total == power_of_two(slip);  // the weight of the base itself
+            if (few) single |= total == power_of_two<Digits::few>(slip);
+            store(moves + n, single & (drawn == Floats{}) ? Floats{} : spread(1.0f));
             Ints power;
             const Floats log = logarithm(whole, power);
             store(rest + n, none ? spread(-INFINITY) : log), memcpy(powers + n, &power, sizeof power);
         }
-        for (int64_t row = 0; row < rows; ++row)
-            above[row] = powers[row] * ln2 + rest[row] + (sinks[row] > 0 ? sinks[row] : 0.0);
+        for (int64_t row = 0; row < rows; ++row) {
+            const bool single = moves[row] == 0;  // whose log-sum-exp is its score
+            if (single) ground[row] = state.base[row] * unit;
+            above[row] = single ? 0 : powers[row] * ln2 + rest[row] + (sinks[row] > 0 ? sinks[row] : 0.0);
+        }
     }
     float lse(int64_t row) const { return static_cast<float>(ground[row] + above[row]); }
     Kept kept(const Call& call, int64_t row) const { return kept_of(call, ground[row], above[row], sunk[row], moves[row]); }
 };
 
 // Rows from number `at` of all on leave; `factors`: of the values, 0 for what is no row up to a tile.
-static void leave_sums(const Call& call, int64_t head, int64_t at, const State& state, int64_t rows, float* factors) {
-    const Endings ends(call, head, state, rows);
+static void leave_sums(const Call& call, int64_t head, int64_t at, const State& state, int64_t rows, float* factors,
+                       bool few = false) {
+    const Endings ends(call, head, state, rows, few);
     for (int64_t row = 0; row < tile; ++row) factors[row] = row < rows ? ends.factor[row] : 0.0f;
     for (int64_t row = 0; row < rows; ++row) call.lse[at + row] = ends.lse(row);
     for (int64_t row = 0; row < rows && call.rest; ++row) {

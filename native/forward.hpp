@@ -143,8 +143,8 @@ static void leave_row(const Call& call, int64_t place, const float* numbers) {
 
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
-                  float* factors, float* row_scratch, int64_t step = tile) {
-    leave_sums(call, head, number_of(call, batch, head, first_row), state, rows, factors);
+                  float* factors, float* row_scratch, int64_t step = tile, bool few = false) {
+    leave_sums(call, head, number_of(call, batch, head, first_row), state, rows, factors, few);
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
     const auto take = [&](int64_t row, const float* numbers) { leave_row(call, at + row * call.out.row, numbers); };
     unlay(state.out, rows, call.value_dim, factors, row_scratch, take, step);

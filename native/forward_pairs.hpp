@@ -217,7 +217,7 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     }
     for (int64_t h = 0; h < halves; ++h) {
         leave(call, band.batch, band.head, band.first * tile + h * half, rows_of_half(h), state[h].end(value_wide), shrink,
-              row_scratch, half);
+              row_scratch, half, true);
     }
 }
 #endif
