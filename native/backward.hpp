@@ -65,13 +65,20 @@ static inline Kept kept_at(const Call& call, int64_t head, int64_t at) {
     return kept_of(call, 0, lse, call.sinks && lse != -INFINITY ? static_cast<float>(exp(call.sinks[head] - lse)) : 0.0f, 1);
 }
 
-// What was kept (or `found`) and δ of a tile of rows.
+// Where the sums of the forward pass had another order, or only a rounded log-sum-exp is left of it, large scores are not
+// those that the weights have to be over: their bases are found again, from the scores of this pass.
+static inline bool finds_base(const Gradients& g, int64_t at) {
+    return g.other_order || (!g.call.rest && fabsf(g.call.lse[at]) > large && g.call.lse[at] != -INFINITY);
+}
+
+// What was kept (or `found`, where it had to be) and δ of a tile of rows.
 static void rows_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const Rows& d_out,
                        const Rows& out, const Ready& ready, const Kept* found = nullptr) {
     const Call& call = g.call;
     for (int64_t row = 0; row < tile; ++row) {
         const int64_t at = number_of(call, batch, head, first_row + row);
-        const Kept kept = row >= rows ? Kept{INFINITY, 0, 0, 0} : found ? found[row] : kept_at(call, head, at);
+        const bool again = row < rows && found && finds_base(g, at);
+        const Kept kept = row >= rows ? Kept{INFINITY, 0, 0, 0} : again ? found[row] : kept_at(call, head, at);
         ready.base[row] = kept.base, ready.above[row] = static_cast<float>(kept.above * log2e);
         ready.moves[row] = kept.moves, ready.sunk[row] = kept.sunk, ready.delta[row] = 0;
         if (row >= rows) continue;
@@ -132,12 +139,9 @@ static bool scored(const Call& call, const Columns& mine, const Place& at, float
     return masked;
 }
 
-// Where the sums of the forward pass had another order, or only a rounded log-sum-exp is left of it, large scores are not
-// those that the weights have to be over: their bases are found again, from the scores of this pass.
 static bool finds_bases(const Gradients& g, int64_t at, int64_t rows) {
-    bool found = g.other_order;
-    for (int64_t row = at; row < at + rows && !g.call.rest; ++row)
-        found |= fabsf(g.call.lse[row]) > large && g.call.lse[row] != -INFINITY;
+    bool found = false;
+    for (int64_t row = at; row < at + rows; ++row) found |= finds_base(g, row);
     return found;
 }
 

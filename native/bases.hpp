@@ -51,19 +51,23 @@ struct State {
     }
 };
 
-// The bases of `wide` vectors of rows as their weights are made with them.
+// The bases of `wide` vectors of rows as their weights are made with them; `far`: some base may not be near. What a row gets
+// hangs on its own base, and not on those beside it.
 template <int wide, bool far>
 struct Bases {
-    Floats ground[wide], rest[wide], binary;  // rest: of a near base its product, else the slip
+    Floats ground[wide], times[wide], binary;
+    Ints is_near[wide];
 
     Bases(const State& state, float with_binary) : binary(spread(with_binary)) {
         for (int n = 0; n < wide; ++n) {
-            if (far) ground[n] = state.ground(n * lanes);
-            rest[n] = far ? state.slip(n * lanes, with_binary) : load(state.times + n * lanes);
+            times[n] = load(state.times + n * lanes);
+            if (far) ground[n] = state.ground(n * lanes), is_near[n] = size_of(times[n]) <= spread(near);
         }
     }
     Floats exponent(Floats score, int n) const {
-        return far ? fused(score - ground[n], binary, rest[n]) : fused(score, binary, -rest[n]);
+        if (!far) return fused(score, binary, -times[n]);
+        const Floats apart = (score - ground[n]) * binary;
+        return fuses ? (is_near[n] ? fused(score, binary, -times[n]) : apart) : apart;
     }
 };
 
