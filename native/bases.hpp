@@ -111,9 +111,9 @@ struct Endings {
             const Floats whole = total * share + drawn, inverse = spread(1.0f) / whole;
             const Ints none = whole == Floats{};
             store(factor + n, none ? Floats{} : share * inverse), store(sunk + n, none ? Floats{} : drawn * inverse);
-            Ints single = total == power_of_two(slip);  // the weight of the base itself
-            if (few) single |= total == power_of_two<Digits::few>(slip);
-            store(moves + n, single & (drawn == Floats{}) ? Floats{} : spread(1.0f));
+            Ints single = whole == power_of_two(slip);  // the weight of the base itself
+            if (few) single |= whole == power_of_two<Digits::few>(slip);
+            store(moves + n, single & (drawn < spread(0.5f)) ? Floats{} : spread(1.0f));  // and not of the sink
             Ints power;
             const Floats log = logarithm(whole, power);
             store(rest + n, none ? spread(-INFINITY) : log), memcpy(powers + n, &power, sizeof power);

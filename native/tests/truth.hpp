@@ -107,7 +107,8 @@ struct Truth {
         const int64_t at = (b * in.heads + h) * in.queries + row, key_head = h / (in.heads / in.key_heads);
         double delta = in.d_lse.empty() ? 0 : -in.d_lse[at], finer = delta;  // of what is added, without the output's rounding
         // Where one key has all the weight, the rounding of the output is no gradient of its score.
-        const bool moves = !in.keeps || found.sink > 0 || std::find(found.of.begin(), found.of.end(), 1.0) == found.of.end();
+        const bool single = std::any_of(found.of.begin(), found.of.end(), [](double weight) { return float(weight) == 1; });
+        const bool moves = !in.keeps || !single;
         std::vector<double> d_out(static_cast<size_t>(in.value_dim));
         for (int64_t d = 0; d < in.value_dim; ++d) {
             d_out[d] = in.d_out->at(b, h, row, d);
