@@ -91,7 +91,8 @@ def masks(queries: int, keys: int) -> dict[str, Tensor]:
         "0 and the lowest": (0.0, lowest), "the ends of float32": (highest, lowest), "1e38 and less": (1e38, 9e37),
     }  # fmt: skip
     made = {name: torch.where(shown, *map(torch.tensor, pair)) for name, pair in pairs.items()}
-    return {**made, "gates": -3e4 - torch.arange(float(keys)).expand(queries, keys)}
+    falling = -3e4 - torch.arange(float(keys)).expand(queries, keys)
+    return {**made, "gates": falling, "rising": falling.flip(1)}
 
 
 @pytest.mark.parametrize("mask", masks(1, 1))
@@ -127,6 +128,16 @@ def test_pytorchs_own_calls(queries: int) -> None:
     report = acceleration.report()
     assert report.foveate
     assert not report.pytorch
+
+
+@pytest.mark.parametrize("offset", [-1e5, 98304.0])
+def test_long_rows_are_summed_in_parts_of_other_bases(offset: float) -> None:
+    q, k, v = (grid(1, 1, 67, 16), grid(1, 1, 4337, 16, seed=1), normal(1, 1, 4337, 7, seed=2))
+    bias = torch.linspace(-6, 6, 4337).mul(4).round().div(4)  # what comes later weighs more
+    for dtype in DTYPES:
+        budget = Budget(problem(q, k, v, score=fv.bias(bias[None])), dtype, gradients=False)
+        for run in RUNS.values():
+            budget.check(lambda call, run=run: Result(run(replace(call, score=fv.bias(bias[None] + offset))).out, None))
 
 
 @pytest.mark.parametrize("size", [300.0, 3e4, 1e15])

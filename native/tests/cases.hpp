@@ -106,7 +106,7 @@ struct Case {
     bool large = false;
     int power = 0;        // of q and k: they are whole numbers times 2^power
     double offset = 0;    // of everything that is added, in steps of `step`
-    double step = 0.25;
+    double step = 1;
     Call call{};
 
     Case(Kind kind, uint64_t seed);
@@ -167,6 +167,7 @@ inline Case::Case(Kind kind, uint64_t seed) : random(seed), kind(kind) {
 inline void Case::draw_large() {
     large = true;
     call.scale = std::ldexp(float(pick({1, 1, -1})), int(pick({-3, -1, 0})));
+    step = chance(50) ? 0.25 : 8;  // within a base's slack, and beyond it
     power = int(dtype == Dtype::float16 ? pick({0, 3, 13}) : pick({0, 3, 13, 30, 55}));
     step = std::max(step, std::fabs(std::ldexp(double(call.scale), 2 * power)));
     if (power) return;
