@@ -37,6 +37,7 @@ if _native is not None:
 TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
+_KEPT, _SUNK = 4, 2  # numbers that the kernel keeps of a row, and which of them is the share of its sink
 _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
 NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
@@ -295,9 +296,9 @@ class _Call:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
+    """(out, log-sum-exp, four numbers of every row from which the backward pass makes its weights again)."""
     out = room_for_out(q, v.shape[3])
-    lse, rest = _floats(q.shape[:3]), _floats(q.shape[:3])
+    lse, rest = _floats(q.shape[:3]), _floats((*q.shape[:3], _KEPT))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
         _native.forward(*call.arguments(out, lse, rest, call.lists()))
@@ -326,9 +327,11 @@ def _backward(
         d_distances = None
         if by_distance and call.distances is not None:
             d_distances = _zeros(call.distances.shape, torch.float64)
-        d_lse = d_lse.float().contiguous()
+        d_lse, lists = d_lse.float().contiguous(), call.lists(wanted)
+        # By tiles what was gathered: sums in another order, so that what was kept of them is of no use.
+        kept = None if any(wanted) and lists is None and call.lists() is not None else rest.contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
+            *call.arguments(out, lse.contiguous(), kept, lists), _matrix(d_out),
             d_lse.data_ptr(), (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
@@ -340,9 +343,7 @@ def _backward(
                 term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
         if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
             taken = (d_out.double() * out.double()).sum(-1) - d_lse
-            share = (call.score.sinks.logits.double()[:, None] - lse.double() - rest.double()).exp()
-            share = share.masked_fill(lse == -torch.inf, 0)
-            terms[call.score.sinks][0].sub_((share * taken).sum((0, 2)))
+            terms[call.score.sinks][0].sub_((rest[..., _SUNK] * taken).sum((0, 2)))
     pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, given.tensors, strict=True)]
     return [gradient.to(x.dtype) for gradient, x in pairs]
 
@@ -367,7 +368,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    lse, rest = (q.new_empty((*q.shape[:3], *more), dtype=torch.float32) for more in ((), (_KEPT,)))
     return room_for_out(q, v.shape[3]), lse, rest
 
 
@@ -401,7 +402,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _remembered(ctx: Any) -> tuple[tuple[Tensor, ...], _Arguments]:
-    """(out, log-sum-exp, what rounding took from it, q, k, v), and what else there was."""
+    """(out, log-sum-exp, what else was kept of the rows, q, k, v), and what else there was."""
     held, tensors = ctx.counts
     everything = ctx.saved_tensors  # asked for once, or a checkpoint refuses
     saved, more = everything[:6], list(everything[6:])
