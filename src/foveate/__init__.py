@@ -6,6 +6,9 @@ Public names are resolved on first use, so that `import foveate` alone does not 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from foveate.arrival import when_loaded
+from foveate.loading import allow
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -36,6 +39,8 @@ _HOME = {
     "foveate.score": ("Score", "alibi", "alibi_slopes", "bias", "relative_bias", "sinks", "softcap"),
     "foveate.see.watching": ("watch",),
 }  # fmt: skip
+
+when_loaded("torch", allow)  # else torch.load would refuse a file with a cache in it
 
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention

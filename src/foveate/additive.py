@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
@@ -126,7 +127,7 @@ def _weights(
 
 def _is_clean(call: Problem) -> bool:
     """Whether it is known that neither q nor k holds a NaN, which saves five passes over k for every block."""
-    if call.q.device.type != "cpu" or torch.compiler.is_compiling() or call.is_transformed:
+    if call.q.device.type != "cpu" or not (is_known(call.q) and is_known(call.k)) or call.is_transformed:
         return False
     return not bool(call.q.isnan().any()) and not bool(call.k.isnan().any())
 

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import unknown_name, unsupported
 from foveate.leads import leads
 from foveate.linear_problem import LinearProblem, LinearState
@@ -113,14 +114,27 @@ def _looks_odd(problem: Problem) -> str:
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:
     """Tell the observers, then run the first implementation that does not refuse, or the named one."""
-    if not torch.compiler.is_compiling():  # a graph has no one to tell
-        for observer in _OBSERVERS.get():
-            observer(problem)
+    tell(problem)
     chosen = decide(problem, backend)
-    if problem.dropout and problem.seed is None:  # drawn only now that the call will run
-        problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
+    problem = seeded(problem)  # drawn only now that the call will run
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def tell(problem: Problem) -> None:
+    """Tell the observers of a problem that will be computed; a graph has no one to tell."""
+    if not torch.compiler.is_compiling():
+        for observer in _OBSERVERS.get():
+            observer(problem)
+
+
+def seeded(problem: Problem) -> Problem:
+    """The problem with a seed, if it needs one and has none."""
+    if not problem.dropout or problem.seed is not None:
+        return problem
+    drawn = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+    # As a tensor where a graph, a trace or a transform has to see it drawn.
+    return replace(problem, seed=int(drawn) if is_eager(problem.q, problem.k, problem.v) else drawn)
 
 
 def decide(problem: Problem, backend: str = "auto") -> Implementation:
@@ -146,6 +160,8 @@ def _first(problem: Problem) -> Implementation:
 
 def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
+    if torch.onnx.is_in_onnx_export():
+        return [] if name in ("sdpa", "reference") else ["a file of ONNX holds no operator but PyTorch's"]
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
     on_cpu = problem.q.device.type == "cpu"

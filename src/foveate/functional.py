@@ -46,7 +46,7 @@ from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
 from foveate.rotary import Scaling, angles, check_size, turn
 from foveate.score import Score
-from foveate.values import describe, integers
+from foveate.values import dense, describe, integers
 from foveate.words import Others, explained, lenient, refused
 
 
@@ -215,7 +215,7 @@ def merge(
             raise InvalidInput(
                 f"merge was given a {type(pair).__name__} among its parts: wanted a list of (out, lse) pairs"
             )
-        out, lse = pair
+        out, lse = (dense(x, "a part of merge") for x in pair)
         if out.shape != first.shape or out.dtype != first.dtype or out.shape[:-1] != lse.shape:
             raise InvalidInput(
                 f"merge was given out {describe(out)} with lse {describe(lse)} beside out {describe(first)}: "
@@ -486,7 +486,7 @@ def sampled_attention(
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
     hard.check(call)
     if choices is not None:
-        choices = integers(choices, "the choices", [2 + batched])
+        choices = integers(choices, "choices=", [2 + batched])
         choices = choices if batched else choices[None]
     return _chosen(hard.sampled(call, generator, choices, soft_share), batched)
 
@@ -900,7 +900,7 @@ def rope(
     >>> torch.allclose(near, far)
     True
     """
-    dim = x.shape[-1] if dim is None else dim
+    dim = dense(x, "x").shape[-1] if dim is None else dim
     check_size(dim, base)
     return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import dispatch
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
@@ -52,13 +53,13 @@ def check(call: Problem, temperature: float = 1.0) -> None:
     positive(temperature, "the temperature")
 
 
-def seed_of(generator: torch.Generator | None) -> int:
-    """A seed of 63 bits from a generator, or from torch's default one."""
+def seed_of(generator: torch.Generator | None) -> Tensor:
+    """A seed of 63 bits from a generator, or from torch's default one; a tensor, so that a graph sees it drawn."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device).item())
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)
 
 
-def straight_through(call: Problem, temperature: float, seed: int | None) -> Chosen:
+def straight_through(call: Problem, temperature: float, seed: Tensor | None) -> Chosen:
     """The largest of scores (+ Gumbel noise, if there is a seed) forward, their softmax(· / temperature) backward."""
 
     def compute(batch: slice, rows: slice, held: list[Tensor]) -> tuple[Tensor, ...]:
@@ -86,11 +87,11 @@ def sampled(
     shape = call.shape[:3]
     if choices is None:
         choices = _draw(call, generator)
-    elif (choices := integers(choices, "the choices", [2, 3])).shape != shape:
+    elif (choices := integers(choices, "choices=", [2, 3])).shape != shape:
         raise InvalidInput(
             f"the choices are {describe(choices)}: wanted integers [batch, heads, queries] = {list(shape)}"
         )
-    elif choices.numel() and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
+    elif is_known(choices) and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
         raise InvalidInput(f"the choices go from {int(choices.min())} to {int(choices.max())}: "
                            f"wanted keys from 0 to {call.shape[3] - 1}, or −1 for none")  # fmt: skip
     soft = None
@@ -111,7 +112,7 @@ def sampled(
         out = out.where((choices >= 0)[..., None], 0)
     else:
         out = call.v.new_zeros(*shape, call.v.shape[3])
-    if soft is not None and bool(soft.any()):
+    if soft is not None and (not is_known(soft) or bool(soft.any())):
         out = torch.where(soft[..., None], dispatch(call).out, out)
     return Chosen(out, choices, log_prob, entropy)
 

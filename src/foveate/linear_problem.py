@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import row_misfit
@@ -131,13 +132,6 @@ def linear_problem(
         q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), scale,
         delta_rule, causal, normalize, skipped, dtype,
     )  # fmt: skip
-
-
-def is_known(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be looked at now: not inside a graph or a transform, nor without data."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _featured(

@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.values import number, read
 from foveate.words import explained
@@ -83,7 +84,7 @@ class Entmax(Normalizer):
         for _ in range(64):
             step = self._step(x, tau)
             tau = tau + step
-            if not torch.compiler.is_compiling() and not bool((step > torch.finfo(x.dtype).eps).any()):
+            if is_known(step) and not bool((step > torch.finfo(x.dtype).eps).any()):
                 break
         return tau
 

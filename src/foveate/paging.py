@@ -15,7 +15,7 @@ from foveate.pattern.packing import padding
 from foveate.problem import Problem, problem
 from foveate.score import Score
 from foveate.softmax import native
-from foveate.values import at_hand, describe, integers
+from foveate.values import at_hand, dense, describe, integers
 
 
 def paged(
@@ -71,6 +71,9 @@ def _together(call: Problem, pages: native.Pages) -> Problem:
 
 def _check(q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Tensor) -> None:
     """One sentence for what is wrong, before anything is read."""
+    for name, x in (("q", q), ("key_pages", key_pages), ("value_pages", value_pages)):
+        if isinstance(x, Tensor):
+            dense(x, name)
     given = f"q is {describe(q)}, key_pages {describe(key_pages)}, value_pages {describe(value_pages)}"
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, key_pages, value_pages)):
         raise InvalidInput(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.eager import is_transformed
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
@@ -18,7 +19,7 @@ from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.score import sinks as sinks_of
-from foveate.values import describe, dropout_of, integers, is_listed, scale_of, whole
+from foveate.values import dense, describe, dropout_of, integers, is_listed, scale_of, whole
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,7 @@ class Problem:
     scale: float
     query_start: int | Tensor
     dropout: float
-    seed: int | None
+    seed: int | Tensor | None
     needs_lse: bool
     normalizer: Rowwise | None = None
 
@@ -55,6 +56,13 @@ class Problem:
         """Whether something is at work that sees no operator."""
         return is_transformed()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call."""
+        found = [self.q, self.k, self.v]
+        for part in (self.pattern, self.score):
+            found += part.tensors() if part is not None else []
+        return found + [x for x in (self.query_start, self.seed) if isinstance(x, Tensor)]
+
     @property
     def needs_gradient(self) -> bool:
         """Whether autograd will ask for any gradient of this call."""
@@ -64,25 +72,6 @@ class Problem:
     def pairs(self, box: tuple[slice, slice, slice, slice] | None = None) -> Pairs:
         """The positions of all (batch, head, row, key) of the call, or of a box of it."""
         return grid(*self.shape, self.query_start, self.q.device, box)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are plain tensors and no graph, trace, transform or mode is at work, which has to see operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not is_transformed()
-    )
 
 
 @dataclass(frozen=True)
@@ -174,19 +163,21 @@ def _check_normalizer(
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the dtype of autocast, where that is on."""
+    """q, k, v in the dtype of autocast, where that is on; float64 stays, as in PyTorch."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise InvalidInput(f"q, k, v are {kinds}: wanted three tensors")
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     return q, k, v
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Whether q, k and v are four-dimensional and fit each other, or `InvalidInput` with what was wanted."""
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        dense(x, name)
     wanted = _wanted(q, k, v)
     if wanted:
         given = ", ".join(f"{name} is {describe(x)} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
@@ -219,7 +210,8 @@ def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
     if query_start is None:
-        return keys - q.shape[2]
+        start = keys - q.shape[2]
+        return start.reshape(1) if isinstance(start, Tensor) else start  # in a trace sizes are tensors
     if is_listed(query_start):
         query_start = integers(query_start, "query_start", [1]).to(q.device)
     if isinstance(query_start, Tensor):

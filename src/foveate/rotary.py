@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from foveate.eager import is_plain, is_transformed
 from foveate.errors import InvalidInput
 from foveate.names import explained_names
-from foveate.problem import accumulator, is_transformed
-from foveate.values import describe, integers, no_number, number, positive, whole
+from foveate.problem import accumulator
+from foveate.values import dense, describe, integers, no_number, number, positive, whole
 from foveate.words import explained, explained_class
 
 
@@ -213,6 +214,7 @@ def angles(
 def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
     """x `[*batch, heads, length, size]` with its first entries turned: pairs (i, i + dim/2), or (2i, 2i + 1)."""
     cos, sin = by
+    dense(x, "what rotary positions turn")
     if not x.dtype.is_floating_point or x.dim() < 3 or x.shape[-1] < 2 * cos.shape[-1] or x.shape[-2] != cos.shape[-2]:
         raise InvalidInput(
             f"rotary positions were given x {describe(x)} for {cos.shape[-2]} positions and a dim of "
@@ -230,14 +232,14 @@ def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     dim = 2 * cos.shape[-1]
-    if not torch.compiler.is_compiling() and not is_transformed():
+    if not torch.compiler.is_compiling() and not is_transformed() and is_plain(x):
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
             return out
         return _written(x, cos, sin, interleaved)
-    first, second = _pairs(x[..., :dim], interleaved)
+    first, second = _pairs(x[..., :dim] if x.shape[-1] > dim else x, interleaved)
     pair = first * cos - second * sin, second * cos + first * sin
-    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    out = torch.stack(pair, -1).reshape(*x.shape[:-1], dim) if interleaved else torch.cat(pair, -1)
     return torch.cat((out.to(x.dtype), x[..., dim:]), -1) if x.shape[-1] > dim else out.to(x.dtype)
 
 

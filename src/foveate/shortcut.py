@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import Implementation, decide, is_observed
+from foveate.eager import is_eager
 from foveate.pattern.algebra import Pattern
-from foveate.problem import Problem, is_eager
+from foveate.problem import Problem
 
 Signature = tuple[Hashable, ...]
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]

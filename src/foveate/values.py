@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.positions import Extent
 
@@ -74,19 +75,55 @@ def describe(thing: object) -> str:
     """A tensor inside a repr, `<int64 2×17>`; anything else by its name or its type."""
     if not isinstance(thing, Tensor):
         return getattr(thing, "__name__", type(thing).__name__)
-    size = "×".join(f"{n}" for n in thing.shape) or "scalar"
+    nested = thing.is_nested and thing.layout is torch.strided  # which has no sizes
+    size = "nested" if nested else "×".join(f"{n}" for n in thing.shape) or "scalar"
     return f"<{str(thing.dtype).removeprefix('torch.')} {size}>"
+
+
+def dense(tensor: Tensor, what: str) -> Tensor:
+    """`tensor`, if its numbers lie in rows; a clear error that names it for sparse, nested and mkldnn ones."""
+    if tensor.is_nested:
+        raise InvalidInput(
+            f"{what} is a nested tensor: lay its texts end to end in one row of the batch, and give foveate.documents("
+            "cu_seqlens=) as the pattern; a jagged tensor has both, as .values() and .offsets()"
+        )
+    if tensor.layout is not torch.strided:
+        raise InvalidInput(f"{what} is a tensor of layout {tensor.layout}: wanted a dense one; .to_dense() makes it")
+    return tensor
+
+
+def sequence(x: object, dim: int, what: str = "x is", length: str = "length") -> Tensor:
+    """`x` as a tensor `[batch, length, dim]`, or a clear error that names it."""
+    if isinstance(x, Tensor):
+        dense(x, what.rpartition(" ")[0])
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != dim:
+        raise InvalidInput(f"{what} {describe(x)}: wanted [batch, {length}, {dim}]")
+    return x
 
 
 def identity(value: Any) -> Any:
     """What stands for `value` in a comparison: tensors count by identity and version, all else by value."""
     if isinstance(value, Tensor):
-        return (id(value), None if value.is_inference() else value._version)
+        return (id(value), None if torch.compiler.is_compiling() or value.is_inference() else value._version)
     return value
+
+
+def static_size(size: int | Tensor) -> int:
+    """A size as a number: while `torch.jit.trace` records, sizes are tensors."""
+    if not isinstance(size, Tensor):
+        return size
+    trace = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # else every look at it is warned of
+    try:
+        return int(size)
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
 
 def whole(value: object, what: str, least: int, most: int | None = None, wanted: str | None = None) -> int:
     """`value` as an int of at least `least`, or a clear error that names it; a bool or a tensor is no number."""
+    if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None:
+        value = static_size(value)
     found = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value  # NumPy's too
     if not isinstance(found, int | torch.SymInt) or isinstance(found, bool):
         raise no_number(value, what, wanted or f"a whole number of at least {least}")
@@ -133,7 +170,7 @@ def no_number(value: object, what: str, wanted: str) -> InvalidInput:
 
 def integers(given: object, what: str, dims: Sequence[int]) -> Tensor:
     """Integers as a tensor of one of these numbers of dimensions, or a clear error; lists and arrays will do."""
-    tensor = as_tensor(given, what, "integers")
+    tensor = dense(as_tensor(given, what, "integers"), what)
     if tensor.dtype not in _INTEGERS:
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted integers of a common kind, such as int64")
     return _of_dims(tensor, what, dims)
@@ -141,7 +178,7 @@ def integers(given: object, what: str, dims: Sequence[int]) -> Tensor:
 
 def booleans(given: object, what: str, wanted: str, dims: Sequence[int]) -> Tensor:
     """Booleans as a tensor of one of these numbers of dimensions, or a clear error; lists and arrays will do."""
-    tensor = as_tensor(given, what, wanted) if isinstance(given, Tensor) or is_listed(given) else None
+    tensor = dense(as_tensor(given, what, wanted), what) if isinstance(given, Tensor) or is_listed(given) else None
     if tensor is None or tensor.dtype != torch.bool or tensor.dim() not in dims:
         said = describe(given if tensor is None else tensor)
         raise InvalidInput(f"{what} was given {said}: wanted {wanted}{_as_booleans(tensor)}")
@@ -153,6 +190,7 @@ def floating(tensor: object, what: str, dims: Sequence[int]) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         hint = "; torch.tensor(…) makes one" if is_listed(tensor) else ""
         raise InvalidInput(f"{what} is {describe(tensor)}: wanted a floating-point tensor{hint}")
+    dense(tensor, what)
     return _of_dims(tensor, what, dims)
 
 
@@ -198,15 +236,8 @@ def _is_plain(given: Sequence[Any]) -> bool:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers can be looked at for next to nothing: on the CPU, no graph or mode being at work."""
-    return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    """Whether a tensor's numbers can be looked at for next to nothing: known, and no GPU's."""
+    return tensor.device.type == "cpu" and is_known(tensor)
 
 
 def extremes(tensor: Tensor) -> tuple[int, int]:

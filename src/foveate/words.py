@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
@@ -216,7 +217,8 @@ def explained(function: _Named) -> _Named:
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return function
     known, is_method = frozenset(parameters), "self" in parameters
-    most = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+    any_number = inspect.Parameter.VAR_POSITIONAL in kinds
+    most = sys.maxsize if any_number else sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
 
     @functools.wraps(function)
     def checked(*arguments: Any, **words: Any) -> Any:

@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate.errors import InvalidInput
 from foveate.functional import attention
 from foveate.nn.attention import LayerCache
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles, Scaling
-from foveate.values import describe, dropout_of, scale_of, whole
+from foveate.values import dropout_of, scale_of, sequence, whole
 
 
 class LatentAttention(nn.Module):
@@ -103,8 +102,7 @@ class LatentAttention(nn.Module):
                 rope_dim]`, of earlier calls.
             absorbed: attend to the latents themselves; None = where that is less work: for few queries and many keys.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {self.dim}]")
+        sequence(x, self.dim)
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)

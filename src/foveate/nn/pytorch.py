@@ -66,6 +66,17 @@ def _by_queries(mask: Tensor) -> Tensor:
     return mask[None] if mask.dim() == 2 else mask
 
 
+def copy_weights(made: nn.Module, module: nn.Module) -> None:
+    """Give `made` the weights of PyTorch's module, whose names it knows; what is frozen there is frozen here."""
+    state = module.state_dict(keep_vars=True)
+    for name, part in made.named_modules():
+        for rename in part._load_state_dict_pre_hooks.values():
+            rename(state, f"{name}." if name else "", {}, True, [], [], [])
+    made.load_state_dict(state)
+    for name, weight in made.named_parameters():
+        weight.requires_grad_(state[name].requires_grad)
+
+
 def rename_attention(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give what a `torch.nn.MultiheadAttention` wrote into `state` our names, in place."""
     if f"{prefix}bias_k" in state:

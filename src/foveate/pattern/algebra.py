@@ -200,7 +200,7 @@ class And(Pattern):
 
     def without(self, part: Pattern) -> Pattern | None:
         """The rest of the parts, or None for no pattern at all."""
-        rest = tuple(each for each in self.parts if each is not part)
+        rest = tuple(each for each in self.parts if not _same(each, part))
         return And(rest) if len(rest) > 1 else rest[0] if rest else None
 
     def visible(self, at: Pairs) -> Tensor:
@@ -276,9 +276,13 @@ def _join(kind: type[And] | type[Or], left: Pattern, right: object) -> Pattern:
     parts: list[Pattern] = []
     for side in (left, right):  # flat, so that (a & b) & c equals a & (b & c), and each part once
         for part in side.parts if isinstance(side, kind) else (side,):
-            if not any(part is each for each in parts):
+            if not any(_same(part, each) for each in parts):
                 parts.append(part)
     return kind(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def _same(one: Pattern, other: Pattern) -> bool:
+    return type(one) is type(other) and one == other  # of two kinds the tensors need no look
 
 
 def device_of(pattern: Pattern) -> torch.device:

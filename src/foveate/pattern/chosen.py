@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
@@ -69,9 +70,7 @@ class Selected(Pattern):
             )
         if queries not in (1, extent.queries):
             reasons.append(f"{self!r} has {queries} rows but there are {extent.queries} queries")
-        indices = self.indices
-        without_data = indices.is_meta or isinstance(indices, torch._subclasses.FakeTensor)
-        if torch.compiler.is_compiling() or without_data:
+        if not is_known(self.indices):
             return reasons  # what makes the summary looks at the numbers then
         return reasons + self.outside(extent.keys)
 

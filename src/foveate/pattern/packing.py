@@ -12,7 +12,7 @@ from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, extremes_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
-from foveate.values import Integers, Name, as_tensor, at_hand, describe, extremes, integers
+from foveate.values import Integers, Name, as_tensor, at_hand, dense, describe, extremes, integers
 from foveate.words import explained
 
 
@@ -99,8 +99,8 @@ class PackedDocuments(Pattern):
 
     def misfits(self, extent: Extent) -> list[str]:
         reasons = super().misfits(extent)
-        if extent.last is None or not at_hand(self.cu_seqlens):
-            return reasons
+        if extent.batch is None or extent.last is None or not at_hand(self.cu_seqlens):
+            return reasons  # a picture may show a part of the text
         most = max(extent.keys, extent.last)
         if (end := int(self.cu_seqlens[-1])) > most:
             reasons.append(
@@ -176,7 +176,8 @@ class PaddingLengths(Pattern):
 
     def misfits(self, extent: Extent) -> list[str]:
         reasons = super().misfits(extent) + batch_misfit(self, [self.lengths], extent)
-        if at_hand(self.lengths) and (most := extremes(self.lengths)[1]) > extent.keys:
+        # A picture, which has no batch, may show a part of the keys.
+        if extent.batch is not None and at_hand(self.lengths) and (most := extremes(self.lengths)[1]) > extent.keys:
             reasons.append(
                 f"{self!r} has a length of {most}: wanted at most the {extent.keys} keys of the call, so give a part "
                 f"of them lengths.clamp(max={extent.keys})"
@@ -219,7 +220,7 @@ def padding(real: Integers) -> Pattern:
     1 1 .
     1 1 .
     """
-    given = as_tensor(real, "what padding was given", "lengths [batch], or booleans [batch, keys]")
+    given = dense(as_tensor(real, "what padding was given", "lengths [batch], or booleans [batch, keys]"), "padding")
     if given.dtype == torch.bool:
         if given.dim() != 2:
             raise InvalidInput(

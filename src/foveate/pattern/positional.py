@@ -313,7 +313,13 @@ def global_tokens(positions: Iterable[int] | Tensor) -> Pattern:
             if positions.dim() != 2:
                 raise InvalidInput(f"global_tokens was given {describe(positions)}: wanted a boolean [batch, length]")
             return GlobalTokens(positions)
-        positions = integers(positions, "the positions of global_tokens", [1]).tolist()
+        positions = integers(positions, "the positions of global_tokens", [1])
+        if torch._C._get_tracing_state() is not None:
+            raise InvalidInput(
+                "global_tokens was given a tensor of positions in a trace, which would keep the numbers of today: give "
+                "a boolean tensor [batch, length], or a list"
+            )
+        positions = positions.tolist()
     places = tuple(positions) if isinstance(positions, Iterable) else (None,)
     if not all(isinstance(place, numbers.Integral) and not isinstance(place, bool) for place in places):
         raise InvalidInput(f"global_tokens was given {positions!r}: wanted {_PLACES}")

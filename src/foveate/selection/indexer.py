@@ -20,7 +20,7 @@ from foveate.primitives import by_blocks, normalized, raw_scores
 from foveate.problem import Problem, accumulator, problem
 from foveate.score import Score
 from foveate.selection.choosing import by_rows, highest, how_many, within_reach
-from foveate.values import describe
+from foveate.values import describe, static_size
 from foveate.words import explained
 
 _ENTRIES = 1 << 20  # numbers of one kind at once, of which a part of the loss holds a dozen
@@ -194,7 +194,7 @@ def _indexer(
             f"wanted floats [batch, index heads, queries] = {list(q.shape[:3])} on {q.device}"
         )
     if scale is None:
-        scale = (max(q.shape[1], 1) * max(q.shape[3], 1)) ** -0.5
+        scale = (max(static_size(q.shape[1]), 1) * max(static_size(q.shape[3]), 1)) ** -0.5
     call = problem(q, k, k, None, scale=scale, query_start=start)
     if pattern is None:
         return call
