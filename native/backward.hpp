@@ -39,7 +39,7 @@ static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch
 }
 
 // A tile of rows made ready: queries and the gradient of the output across the lanes, what was kept of the rows (`above` is
-// binary here), δ. A row that does not move has no δ: of its scores' gradient only that of the log-sum-exp is left.
+// binary here), δ. A row that does not move gets no gradient of its output there: that of the log-sum-exp is left in δ.
 // Into `sums`, if it is there, go the gradients of a row's scores. What they should sum to is known, so they tell the error
 // of δ, by the rounding of the output: it is the same in a whole row, and adds up where an entry of a score collects there.
 struct Ready {
@@ -71,9 +71,13 @@ static inline bool finds_base(const Gradients& g, int64_t at) {
     return g.other_order || (!g.call.rest && fabsf(g.call.lse[at]) > large && g.call.lse[at] != -INFINITY);
 }
 
-// What was kept (or `found`, where it had to be) and δ of a tile of rows.
+static void hold_still(const Ready& ready, int64_t row, int64_t across) {
+    for (int64_t d = 0; d < across; ++d) ready.d_out[d * tile + row] = 0;
+}
+
+// What was kept (or `found`, where it had to be) and δ of a tile of rows; `ready.d_out` has `across` numbers of each.
 static void rows_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const Rows& d_out,
-                       const Rows& out, const Ready& ready, const Kept* found = nullptr) {
+                       const Rows& out, const Ready& ready, int64_t across, const Kept* found = nullptr) {
     const Call& call = g.call;
     for (int64_t row = 0; row < tile; ++row) {
         const int64_t at = number_of(call, batch, head, first_row + row);
@@ -87,6 +91,7 @@ static void rows_ready(const Gradients& g, int64_t batch, int64_t head, int64_t 
             sum += load_some(d_out.data + row * d_out.stride + d, call.value_dim - d) *
                    load_some(out.data + row * out.stride + d, call.value_dim - d);
         ready.delta[row] = (kept.moves == 0 ? 0.0f : sum_of(sum)) - (g.d_lse ? g.d_lse[at] : 0);
+        if (kept.moves == 0) hold_still(ready, row, across);
     }
 }
 
@@ -102,8 +107,7 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
                             float* weights, float* d_scores, float* slopes) {
     const bool summed = ready.sums;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
-        const Floats base = load(ready.base + n), above = load(ready.above + n);
-        const Floats delta = load(ready.delta + n), moves = load(ready.moves + n);
+        const Floats base = load(ready.base + n), above = load(ready.above + n), delta = load(ready.delta + n);
         Floats sum{};
         for (int64_t key = 0; key < at.keys; key += 4) {
             Floats factors[4];
@@ -116,7 +120,7 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
                 if (some_hidden) weight = score == spread(-INFINITY) ? Floats{} : weight;  // whatever the row's base is
                 Floats d_weight = load(d_scores + place);
                 if (call.threshold) d_weight *= factors[more];
-                Floats change = weight * (d_weight * moves - delta);
+                Floats change = weight * (d_weight - delta);
                 if (some_hidden) change = weight == Floats{} ? Floats{} : change;  // whatever the value holds
                 if (summed) sum += change;
                 store(d_scores + place, change);
@@ -246,7 +250,8 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
         const Rows d_wide = rows_of(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, wide_k);
         lay(d_wide, rows, value_dim, ready[r].d_out);
         rows_ready(g, band.batch, band.head, first_row, rows, d_wide,
-                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_v), ready[r], finds ? found : nullptr);
+                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_v), ready[r], value_dim,
+                   finds ? found : nullptr);
         float *q_rows = room(tile * wide), *d_rows = room(tile * value_wide);
         q[r] = rows_of(call, call.q, band.batch, band.head, first_row, rows, dim, q_rows);
         q[r] = finite(q[r], rows, dim) ? whole_vectors(q[r], rows, dim, q_rows) : cleaned(q[r], rows, dim, q_rows);

@@ -69,7 +69,7 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
         q[r] = words(tile * pair_stride(dim) / 2), d_out[r] = words(tile * pair_stride(value_dim) / 2);
         q_woven[r] = words(tile * tile / 2 * chunks), d_woven[r] = words(tile * tile / 2 * value_chunks);
-        ready[r] = ready_at(nullptr, nullptr, g.rows, room);
+        ready[r] = ready_at(nullptr, reinterpret_cast<float*>(d_out[r]), g.rows, room);
         dq[r] = room(tile * dim_blocks * 16);
         memset(dq[r], 0, sizeof(float) * static_cast<size_t>(tile * dim_blocks * 16));
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, key_rows, false), rows, dim, q[r]);
@@ -87,7 +87,8 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
             });
         const Rows d_wide = rows_of(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, wide_a);
         rows_ready(g, band.batch, band.head, first_row, rows, d_wide,
-                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_b), ready[r], finds ? found : nullptr);
+                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_b), ready[r],
+                   pair_stride(value_dim) / 2, finds ? found : nullptr);
     }
 
     Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};

@@ -274,7 +274,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
                 for (int64_t key = keys; key < tile; ++key) score[key] = 0;
                 if (adjusted)
                     adjust_row(call, batch, key_head * group + row / call.queries, row % call.queries, first_key, keys, score);
-                for (int n = 0; n < tile; n += lanes)
+                for (int n = 0; n < tile && ~seen[row]; n += lanes)
                     store(score + n, pick(seen[row] >> n, load(score + n), spread(-INFINITY)));
             }
         }
@@ -293,13 +293,14 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
                 mine[0] = highest;
             }
             const Floats base = spread(mine[0] == -INFINITY ? 0.0f : mine[0]);
-            for (int64_t c = 0; c < count; ++c)
-                for (int n = 0; n < tile && some[c]; n += lanes) {
-                    float* place = score + c * tile + n;
+            for (int64_t c = 0; c < count; ++c) {
+                if (!some[c]) continue;
+                for (float* place = score + c * tile; place < score + (c + 1) * tile; place += lanes) {
                     const Floats weight = power_of_two((load(place) - base) * spread(binary));
                     store(place, weight);
                     sum += weight;
                 }
+            }
             mine[1] += sum_of(sum);
         }
         for (int64_t c = 0; c < count; ++c) {

@@ -373,6 +373,23 @@ struct Gathering {
     }
 };
 
+// The rows of a tile leave, head by head. Of row `row` of query t there are base(t, row), total(t, row) and sums(t, row).
+template <typename Base, typename Total, typename Sums>
+static void leave_gathered(const Call& call, const Band& band, int64_t rows, Base base, Total total, Sums sums) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t first = 0; first < band.count; first += tile) {
+            const int64_t head = band.head * rows + row, query = band.first + first, count = least(tile, band.count - first);
+            float bases[tile], totals[tile]{}, factors[tile];
+            for (int64_t n = 0; n < count; ++n) bases[n] = base(first + n, row), totals[n] = total(first + n, row);
+            leave_sums(call, head, number_of(call, band.batch, head, query), {bases, nullptr, totals, nullptr}, count, factors);
+            for (int64_t n = 0; n < count; ++n) {
+                float* out = sums(first + n, row);
+                for (int64_t d = 0; d < call.value_dim; d += lanes) store(out + d, load(out + d) * spread(factors[n]));
+                leave_row(call, band.batch * call.out.batch + head * call.out.head + (query + n) * call.out.row, out);
+            }
+        }
+}
+
 static void gathered(const Call& call, const Band& band, char* scratch) {
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
@@ -419,12 +436,8 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
                 gathered_mix(piece.scores, rows, picked.v, picked.count, value_wide, out + t * rows * value_wide);
             }
         }
-    for (int64_t n = 0; n < band.count * rows; ++n) {
-        const int64_t head = band.head * rows + n % rows, query = band.first + n / rows;
-        const float whole = sum_of(load(total + n * lanes));
-        const float factor = leave_sum(call, head, number_of(call, band.batch, head, query), base[n], whole);
-        float* sums = out + n * value_wide;
-        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
-        leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
-    }
+    leave_gathered(
+        call, band, rows, [&](int64_t t, int64_t row) { return base[t * rows + row]; },
+        [&](int64_t t, int64_t row) { return sum_of(load(total + (t * rows + row) * lanes)); },
+        [&](int64_t t, int64_t row) { return out + (t * rows + row) * value_wide; });
 }

@@ -77,7 +77,7 @@ static void gathered_backward(const Gradients& g, const Band& band, int64_t turn
             const Rows d_rows = rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a);
             const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
             rows_ready(g, band.batch, head, first, count, d_rows, out_rows,
-                       {nullptr, nullptr, base + to, above + to, delta + to, moves + to, sunk + to, nullptr});
+                       {nullptr, nullptr, base + to, above + to, delta + to, moves + to, sunk + to, nullptr}, 0);
             for (int64_t n = 0; n < count && gathers_pairs(call); ++n)
                 any_large |= is_large[t + n] |= fabsf(base[to + n]) * unit_of(call) > large && base[to + n] != INFINITY;
         }

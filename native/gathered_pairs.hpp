@@ -239,15 +239,14 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 for (int64_t n = 0; n < rows * value_wide; n += lanes) store(sums + n, load(sums + n) + load(fresh + n));
             }
         }
-    for (int64_t n = 0; n < band.count * shared; ++n) {
-        const int64_t t = n / shared, row = n % shared, head = band.head * shared + row, query = band.first + t;
-        float whole = 0;
-        for (int64_t lane = row; lane < lanes; lane += rows) whole += total[t * lanes + lane];
-        const float factor = leave_sum(call, head, number_of(call, band.batch, head, query), base[t * lanes + row], whole);
-        float* sums = out + (t * rows + row) * value_wide;
-        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
-        leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
-    }
+    leave_gathered(
+        call, band, shared, [&](int64_t t, int64_t row) { return base[t * lanes + row]; },
+        [&](int64_t t, int64_t row) {
+            float whole = 0;
+            for (int64_t lane = row; lane < lanes; lane += rows) whole += total[t * lanes + lane];
+            return whole;
+        },
+        [&](int64_t t, int64_t row) { return out + (t * rows + row) * value_wide; });
 }
 
 static void gathered_pairs(const Call& call, const Band& band, char* scratch) {

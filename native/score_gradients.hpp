@@ -32,6 +32,8 @@ static void rows_again(const Gradients& g, int64_t batch, int64_t head, const Co
         ready.base[row] = one.base, ready.above[row] = one.above, ready.moves[row] = one.moves, ready.delta[row] = one.delta;
     }
     lay(rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, scratch.wide_v), rows, call.value_dim, ready.d_out);
+    for (int64_t row = 0; row < rows; ++row)
+        if (ready.moves[row] == 0) hold_still(ready, row, call.value_dim);
 #if defined(FOVEATE_PAIRS)
     if (call.dtype == Dtype::bfloat16) {
         uint16_t* copied = reinterpret_cast<uint16_t*>(scratch.wide_k);

@@ -124,17 +124,16 @@ static void adjust(const Call& call, const Place& at, int64_t active, float* sco
     if (bias)
         bias += at.batch * strides[0] + at.head * strides[1] + at.first_row * row_step + at.first_key * key_step;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
-        for (int64_t key = 0; key < at.keys; ++key) {
+        const Floats scale = spread(call.scale), cap = spread(call.softcap);
+        for (int64_t key = 0; key < at.keys && call.softcap != 0; ++key) {
             float* place = scores + key * step + n;
-            const Floats raw = load(place), scale = spread(call.scale);
-            const Floats added = distances ? load(distances + n - at.first_key - key) : Floats{};
-            if (call.softcap != 0) {
-                const Floats bent = tangent(raw * scale / spread(call.softcap));
-                if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
-                store(place, rounded(spread(call.softcap) * bent) + added);
-            } else {
-                store(place, fused(raw, scale, added));
-            }
+            const Floats bent = tangent(load(place) * scale / cap);
+            if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
+            store(place, distances ? fused(cap, bent, load(distances + n - at.first_key - key)) : cap * bent);
+        }
+        for (int64_t key = 0; key < at.keys && call.softcap == 0; ++key) {
+            float* place = scores + key * step + n;
+            store(place, distances ? fused(load(place), scale, load(distances + n - at.first_key - key)) : load(place) * scale);
         }
         if (!bias) continue;
         for (int64_t first = 0; first < at.keys; first += lanes) {
