@@ -20,7 +20,7 @@ from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, is_near, whole
+from foveate.values import at_hand, describe, number, whole
 
 _CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
@@ -63,10 +63,8 @@ def local(call: Problem, center: Tensor, width: int, sigma: float | None, vector
     """Attention to the keys at most `width` from a center, which gets its gradient from the Gaussian."""
     _, heads, queries, keys = call.shape
     width = whole(width, "the width", 0)
-    if sigma is None:
-        sigma = width / 2
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not sigma > 0:
-        raise InvalidInput(f"sigma is {sigma!r}: wanted a positive number, math.inf for no Gaussian")
+    wanted = "a positive number, math.inf for no Gaussian"
+    sigma = number(width / 2 if sigma is None else sigma, "sigma", wanted, above=0)
     shapes = [(call.shape[0], some, queries) for some in (heads, 1)]
     if not isinstance(center, Tensor) or not center.dtype.is_floating_point or tuple(center.shape) not in shapes:
         raise InvalidInput(
@@ -128,7 +126,7 @@ def _weights(
 
 def _is_clean(call: Problem) -> bool:
     """Whether it is known that neither q nor k holds a NaN, which saves five passes over k for every block."""
-    if not is_near(call.q) or torch.compiler.is_compiling() or call.is_transformed:
+    if not (at_hand(call.q) and at_hand(call.k)):
         return False
     return not bool(call.q.isnan().any()) and not bool(call.k.isnan().any())
 
@@ -154,6 +152,6 @@ def _cost(call: Problem) -> int:
 
 
 def _limit(call: Problem) -> int:
-    if not is_near(call.q):
+    if call.q.device.type != "cpu":
         return _GPU
     return max(_CPU, min(16 * _cost(call), _MOST))  # a part adds to the gradients of all keys: worth 16 rows

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import row_misfit
@@ -21,7 +22,7 @@ from foveate.pattern.packing import Documents, PackedDocuments
 from foveate.pattern.packing import documents as by_ids
 from foveate.positions import Extent
 from foveate.problem import accumulator, autocast, check_tensors, without_autocast
-from foveate.values import describe, floating, is_near
+from foveate.values import Integers, at_hand, describe, floating, is_listed, scale_of
 
 Feature = Callable[[Tensor], Tensor]
 
@@ -76,7 +77,7 @@ class LinearProblem:
                 "wanted a feature map whose products φ(q)·φ(k) are never negative, such as elu_plus_one, "
                 "or normalize=False"
             )
-            if is_known(total) and bool((total < 0).any()):
+            if at_hand(total) and bool((total < 0).any()):
                 raise InvalidInput(f"a normaliser is {total.min().item():.3g}: {wanted}")
             if is_far(total):
                 torch._assert_async((~(total < 0)).all(), f"a normaliser is negative: {wanted}")
@@ -114,8 +115,7 @@ def linear_problem(
         )
     if scale is None:
         scale = 1.0 if normalize or not q.shape[3] else 1 / math.sqrt(q.shape[3])  # under a normaliser it cancels
-    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
+    scale = scale_of(scale)
     resets, skipped = _documents(documents, k, causal)
     with without_autocast(q.device):
         if skipped is not None:  # what a skipped position holds never matters, not even to a feature's gradient
@@ -132,21 +132,14 @@ def linear_problem(
         if skipped is not None and beta is not None:
             beta = beta.masked_fill(skipped[:, None, :, None], 0)
     return LinearProblem(
-        q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), float(scale),
+        q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), scale,
         delta_rule, causal, normalize, skipped, dtype,
     )  # fmt: skip
 
 
-def is_known(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be looked at now: not in a graph or a transform, without data, or far away."""
-    if torch.compiler.is_compiling() or not is_near(tensor) or not tensor.numel():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
-
-
 def is_far(tensor: Tensor) -> bool:
-    """Whether its numbers lie on CUDA, where the host does not wait for them: the device is told to stop instead."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether its numbers are on CUDA: the host does not wait for them, and the device is told to stop instead."""
+    return tensor.is_cuda and is_known(tensor)
 
 
 def _featured(
@@ -195,7 +188,7 @@ def _decay(decay: Tensor | None, batch: int, heads: int, steps: int, k: Tensor, 
         return None
     decay = _per_step(decay, "decay", [batch, heads, steps, k.shape[3]], k, wide)
     wanted = "wanted natural logarithms, which are at most 0; take .log() of a factor between 0 and 1"
-    if is_known(decay) and (top := _extremes(decay)[1]) > 0:
+    if at_hand(decay) and (top := _extremes(decay)[1]) > 0:
         raise InvalidInput(f"decay goes up to {top:.3g}: {wanted}")
     if is_far(decay):
         torch._assert_async((~(decay > 0)).all(), f"a decay is above 0: {wanted}")
@@ -209,7 +202,7 @@ def _beta(
         return None
     beta = _per_step(beta, "beta", [batch, heads, steps], k, wide)
     wanted = "wanted 0 to 2 (mostly 0 to 1) for the delta rule, which forgets with I − β·k·kᵀ; take a sigmoid"
-    if delta_rule and is_known(beta):
+    if delta_rule and at_hand(beta):
         low, top = _extremes(beta)
         if low < 0 or top > 2:
             raise InvalidInput(f"beta goes from {low:.3g} to {top:.3g}: {wanted}")
@@ -227,9 +220,9 @@ def _extremes(x: Tensor) -> tuple[float, float]:
     return low, top
 
 
-def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.device) -> Tensor:
+def step_ids(documents: Pattern | Integers, batch: int, steps: int, device: torch.device) -> Tensor:
     """The document of every step, `[1 or batch, steps]`, negative for none; raises `InvalidInput`."""
-    if isinstance(documents, Tensor):
+    if not isinstance(documents, Pattern) and (isinstance(documents, Tensor) or is_listed(documents)):
         documents = by_ids(documents)
     match documents:
         case Documents(ids=ids):
@@ -238,7 +231,7 @@ def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.
                 documents, ids, Extent(batch, None, steps, steps, None, device), steps, "steps", exact=True
             )
         case PackedDocuments():
-            ids, reasons = documents.cu_seqlens, []
+            ids, reasons = documents.cu_seqlens, documents.misfits(Extent(batch, None, steps, steps, None, device))
         case _:
             raise InvalidInput(
                 f"documents is {documents!r}: wanted ids [batch, steps], documents(ids) or documents(cu_seqlens=)"

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.interval import ends, is_interval, span
 from foveate.pattern.listing import TILE, Listing, Tells, list_runs, list_summary
 from foveate.pattern.memory import summarise
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, starts
-from foveate.primitives import without_unseen
-from foveate.problem import Problem, Result, accumulator, is_eager
+from foveate.primitives import laid_out_as, without_unseen
+from foveate.problem import Problem, Result, accumulator
 from foveate.score import Bias, hidden_or_added
 
 _LEAST = 16  # Triton multiplies no narrower matrices
@@ -80,7 +81,9 @@ def _not_compiled(problem: Problem) -> list[str]:
 def run(problem: Problem, *, compiled: bool = True) -> Result:
     """Compute it; uncompiled (n×n memory, any torch) for tests of the meaning."""
     mask = _mask(problem)
-    k, v = (x if mask is None else mask.of(x) for x in (problem.k, problem.v))
+    q, k, v = (x.resolve_neg() for x in (problem.q, problem.k, problem.v))  # the kernel reads what lies at the address
+    if mask is not None:
+        k, v = mask.of(k), mask.of(v)
     score, places = problem.score, None
     terms: list[Any] = [] if _is_usual(problem) else [_Times(torch.full((1,), problem.scale, device=k.device))]
     if score is not None:
@@ -93,21 +96,21 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
     if terms:
         places = _places(problem, mask)
     arguments = (
-        problem.q, k, v, None if mask is None else mask.lists(problem.needs_gradient), tuple(terms), places,
+        q, k, v, None if mask is None else mask.lists(problem.needs_gradient), tuple(terms), places,
         problem.scale if _is_usual(problem) else 1.0, _needs_lse(problem), _options(problem),
     )  # fmt: skip
     # Without a gradient there is one kernel less, and no log-sum-exp to be written.
     with nullcontext() if problem.needs_gradient else torch.no_grad():
         out, lse = _kernel(problem)(*arguments) if compiled else _attend(*arguments)
     if lse is None:
-        return Result(out, None)
+        return Result(laid_out_as(problem.q, out), None)
     lse = lse.to(accumulator(out.dtype))
     if score is not None and score.sinks is not None:
         # A sink only enlarges the denominator: exp(lse) becomes exp(lse) + exp(sink).
         with_sink = torch.logaddexp(lse, score.sinks.logits.to(lse.dtype)[None, :, None])
         share = torch.where(with_sink == -math.inf, 0, (lse - with_sink.masked_fill(with_sink == -math.inf, 0)).exp())
         out, lse = (out * share[..., None]).to(out.dtype), with_sink
-    return Result(out, lse)
+    return Result(laid_out_as(problem.q, out), lse)
 
 
 def _attend(

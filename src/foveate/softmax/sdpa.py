@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
-from foveate.primitives import group, ungroup, without_unseen
+from foveate.primitives import group, laid_out_as, ungroup, without_unseen
 from foveate.problem import Problem, Result
 from foveate.score import Bias
 from foveate.values import describe
@@ -35,6 +35,8 @@ def refuses(problem: Problem) -> list[str]:
     """Every reason for which a fused kernel would compute something else, or an n×n fallback would run."""
     q, v = problem.q, problem.v
     reasons = []
+    if torch.autograd.forward_ad._current_level >= 0:
+        reasons.append('has no forward derivative: backend="reference" has')
     if problem.needs_lse:
         reasons.append("returns no log-sum-exp")
     if problem.normalizer is not None:
@@ -107,13 +109,13 @@ def run(problem: Problem) -> Result:
         mask, causal = mask.tril() if causal else mask, False
     attend = partial(
         torch.nn.functional.scaled_dot_product_attention,
-        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
     if k.device.type != "cuda":
-        return Result(ungroup(attend(), problem.q), None)
+        return Result(laid_out_as(problem.q, ungroup(attend(), problem.q)), None)
     allowed = _allowed(call._replace(k=k, v=v), problem.needs_gradient)
     with nullcontext() if torch.compiler.is_compiling() else _ALONE, sdpa_kernel(allowed):
-        return Result(attend(), None)
+        return Result(laid_out_as(problem.q, attend()), None)
 
 
 class _Call(NamedTuple):
