@@ -62,7 +62,7 @@ def moved(mode: FakeTensorMode, call: Problem, dtype: torch.dtype = torch.bfloat
 
 
 def really(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, computed for real even inside: for what CPUs compute out of CPU tensors before anything goes to the card."""
+    """The same, computed for real even inside: what a CPU computes before anything goes to the card."""
 
     def computed(*arguments: Any, **options: Any) -> Any:
         with unset_fake_temporarily():

@@ -91,7 +91,7 @@ def test_what_may_have_gaps_is_no_interval(pattern: Pattern) -> None:
 
 
 def _told(listing: Listing, queries: int, keys: int) -> Tensor:
-    """The matrix `[batch, heads, queries, keys]` as FlexAttention comes to it: partial tiles pair by pair, full ones whole."""
+    """The matrix `[batch, heads, queries, keys]` as FlexAttention has it: partial tiles by pair, full ones whole."""
     rows, columns = listing.partial[1].shape[2:]
     kinds = [torch.zeros(BATCH, HEADS, rows, columns, dtype=torch.bool) for _ in range(2)]
     for kind, (counts, which) in zip(kinds, (listing.partial, listing.full), strict=True):

@@ -105,11 +105,10 @@ class _Call:
                     yield (part, slice(0, heads), rows, slice(0, keys)), whole
             return
         summary = self.summary
-        columns, partial = summary.columns.tolist(), summary.partial.tolist()
+        offsets, columns, partial = (x.tolist() for x in (summary.offsets, summary.columns, summary.partial))
         for b in range(summary.batch):
             for h in range(summary.heads):
-                offsets = summary.offsets[b, h].tolist()
-                for row, (first, end) in enumerate(pairwise(offsets)):
+                for row, (first, end) in enumerate(pairwise(offsets[b][h])):
                     rows = slice(row * _TILE, min((row + 1) * _TILE, queries))
                     segments = self._segments(columns[first:end], partial[first:end], rows)
                     for part in self._batches() if summary.batch == 1 else [slice(b, b + 1)]:
@@ -331,12 +330,13 @@ def _backward_op(
     taken = ((d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - given_lse) / total
     d_values = d_out.to(wide) / total
     single = total == 1  # one key has all the weight: of its score's gradient only that of the log-sum-exp is left
-    some_single = bool(single.any())
+    waits = q.device.type != "cpu"  # for a look at a number: there every row is treated as if it might be one
+    some_single = waits or bool(single.any())
     biases = _tensors_of_terms(call.score, d_tensors)
     for (b, h, rows, _), segments in call.rows():
         heads = call.key_heads(h)
         here = (b, h, rows)
-        ones = single[here] if some_single and bool(single[here].any()) else None
+        ones = single[here] if some_single and (waits or bool(single[here].any())) else None
         q_rows, d_rows = _clean(q[here].to(wide), call.finite), d_values[here]
         sinks = call.sinks(h)
         if sinks is not None:

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import shutil
 import types
+import warnings
 import weakref
 from collections.abc import Hashable
 from contextlib import nullcontext
@@ -101,7 +102,7 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
     )  # fmt: skip
     # Without a gradient there is one kernel less, and no log-sum-exp to be written.
     with nullcontext() if problem.needs_gradient else torch.no_grad():
-        out, lse = _kernel(problem)(*arguments) if compiled else _attend(*arguments)
+        out, lse = _kernel(problem)(*arguments) if compiled else _uncompiled(*arguments)
     if lse is None:
         return Result(laid_out_as(problem.q, out), None)
     lse = lse.to(accumulator(out.dtype))
@@ -141,6 +142,13 @@ def _attend(
         kernel_options=options, return_aux=flex.AuxRequest(lse=True) if needs_lse else None,
     )  # fmt: skip
     return (answer[0], answer[1].lse) if needs_lse else (answer, None)
+
+
+def _uncompiled(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """Without PyTorch's word that this is not compiled, which is meant here, and nowhere else."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
+        return _attend(*arguments)
 
 
 _Tensors = tuple[Tensor | None, ...]
