@@ -294,7 +294,7 @@ def linear(draw: Draw) -> Case:
 
     def wrong() -> str:
         try:
-            assert_linear_within_budget(run, whole, dtype)
+            assert_linear_within_budget(run, whole, dtype, few=True)
         except AssertionError as error:
             return str(error)
         return ""
