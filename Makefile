@@ -10,6 +10,7 @@ SEED ?=
 BEFORE ?=
 BIN := $(VENV)/bin
 
+CORE := $(foreach name,laws traps traps_causal tensors interval cuda_fake cuda_fake_family cuda_sdpa flex_compiled,tests/test_$(name).py)
 SENTENCE := The animal didn't cross the street because it was too tired.
 
 export HF_HUB_OFFLINE := 1
@@ -18,7 +19,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-timm fuzz check asan tsan aarch64 bench compare docs clean
+.PHONY: help demo test test-all test-timm test-torch fuzz check asan tsan aarch64 bench compare docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,13 @@ test-all: $(VENV)/.dev ## run the slow tests too
 test-timm: $(VENV)/.dev ## test timm's models, apart: the torchvision that timm needs breaks transformers beside a torch for CPUs alone
 	@$(BIN)/python -m pip install -qq --no-deps --upgrade --target build/timm -c constraints.txt timm torchvision
 	@PYTHONPATH=build/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_timm_detr.py $(ARGS)
+
+# PyPI's builds bring CUDA along: gigabytes, kept in build/torch-$(TORCH).
+test-torch: ## run the core laws with another PyTorch in an environment of its own: TORCH=2.9.1 (gigabytes, the first time)
+	@test -n "$(TORCH)" || { echo "say which PyTorch: make test-torch TORCH=2.9.1" >&2; exit 1; }
+	@test -x build/torch-$(TORCH)/bin/python || $(PYTHON) -m venv build/torch-$(TORCH)
+	@build/torch-$(TORCH)/bin/python -m pip install -qq "torch==$(TORCH)" "jaxtyping>=0.3" beartype numpy "pytest>=8.4"
+	@PYTHONPATH=src build/torch-$(TORCH)/bin/python -m pytest $(CORE) $(ARGS)
 
 fuzz: $(VENV)/.dev ## compare random calls with float64: new ones for five minutes, or SEED=7
 	@$(BIN)/python -W ignore tests/fuzzing.py $(if $(SEED),$(SEED),--minutes 5)

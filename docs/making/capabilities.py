@@ -71,7 +71,13 @@ def capabilities() -> str:
     # The page is about a machine with a compiler and a processor that multiplies bfloat16.
     with mock.patch("shutil.which", return_value="g++"), mock.patch("foveate.leads.has_pairs", return_value=True):
         cpu = {name: _refusals(name, torch.zeros) for name in FEATURES}
-    with FakeTensorMode(), mock.patch("importlib.util.find_spec", return_value=object()):
+    with (
+        FakeTensorMode(),
+        mock.patch("importlib.util.find_spec", return_value=object()),
+        mock.patch("foveate.softmax.flex._is_fake", return_value=False),
+        mock.patch("foveate.softmax.sdpa.asked", _newer_card),
+        mock.patch("torch.cuda.is_available", return_value=True),
+    ):
 
         def fake(*shape: int, **more: Any) -> Tensor:
             return torch.empty(*shape, device="cuda", **more)
@@ -80,6 +86,13 @@ def capabilities() -> str:
         cuda = {name: _refusals(name, fake) for name in FEATURES if not name.startswith("`rule")}
     reasons = "\n".join(_reasons({"a CPU": cpu, "CUDA": cuda}))
     return filled("capabilities.md", cpu=_table(cpu), cuda=_table(cuda), reasons=reasons)
+
+
+def _newer_card(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[str, ...]:
+    """What PyTorch 2.13 answers on a card that has all of its kernels, by the rules in its source."""
+    grouped, narrow = q.shape[1] != k.shape[1], q.dtype in (torch.bfloat16, torch.float16)
+    found = ["flash"] if narrow and mask is None and not (causal and q.shape[2] != k.shape[2]) else []
+    return (*found, *(["efficient"] if q.dtype != torch.float64 and not grouped else []))
 
 
 def _refusals(name: str, make: Callable[..., Tensor]) -> Refusals:

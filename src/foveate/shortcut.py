@@ -43,9 +43,9 @@ def signature(
     if type(query_start) not in _STARTS or type(scale) not in _SCALES or type(backend) is not str:
         return None
     device = q.device
-    if not q.is_cpu:  # there PyTorch is asked each time: its answer depends on its switches, too
-        return None
-    if torch.is_autocast_enabled("cpu"):
+    kind = "cpu" if q.is_cpu else device.type  # a device's type takes long to say
+    # On CUDA PyTorch is asked each time: its answer depends on its switches, too.
+    if kind == "cuda" or torch.is_autocast_enabled(kind):
         return None
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (

@@ -72,11 +72,15 @@ def _not_compiled(problem: Problem) -> list[str]:
         reasons.append("triton is missing")
     if kind == "cuda" and size < _LEAST:
         reasons.append(f"head size {size} has no kernel on cuda (takes {_LEAST} and more)")
-    if isinstance(problem.q, torch._subclasses.FakeTensor):
+    if _is_fake(problem.q):
         reasons.append("q has no data, and it is compiled for what has")
     if problem.is_transformed:
         reasons.append('it has no vmap and no forward derivative: backend="reference" has')
     return reasons or _used_up(problem)
+
+
+def _is_fake(q: Tensor) -> bool:
+    return isinstance(q, torch._subclasses.FakeTensor)
 
 
 def run(problem: Problem, *, compiled: bool = True) -> Result:

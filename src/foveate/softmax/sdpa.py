@@ -8,7 +8,6 @@ which of its kernels take a call on this card, and runs with those alone.
 Keys hidden from one row but visible to another do matter here if they hold NaN or inf: the kernels compute 0 · NaN.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foveate.locks import Lock
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
@@ -28,7 +28,7 @@ from foveate.values import describe
 
 _FEW_KEYS = 16
 # The context that bars a kernel is of the whole process: two of ours at once would restore each other's.
-_ALONE = threading.RLock()
+_ALONE = Lock()
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -69,7 +69,7 @@ def refuses(problem: Problem) -> list[str]:
 
 
 def _unfused(problem: Problem) -> list[str]:
-    call = _call(problem)
+    call = _call(problem, only_asked=True)
     if _allowed(call, problem.needs_gradient):
         return []
     if call.mask is not None and "cudnn" in _kernels(call, problem.needs_gradient):
@@ -129,7 +129,8 @@ class _Call(NamedTuple):
     seen: Callable[[], Tensor] | None
 
 
-def _call(problem: Problem) -> _Call:
+def _call(problem: Problem, *, only_asked: bool = False) -> _Call:
+    """What PyTorch is given; for a question alone a mask need not say anything."""
     q, k, v, pattern = problem.q, problem.k, problem.v, problem.pattern
     if problem.score is not None:
         (term,) = problem.score.biases
@@ -146,7 +147,8 @@ def _call(problem: Problem) -> _Call:
         full = pattern.full()
         return _Call(q, k, v, full, False, partial(full.any, 2))
     if pattern is not None:
-        mask = pattern.visible(problem.pairs())
+        room = (problem.shape[0], 1, 1, problem.shape[3])
+        mask = q.new_empty(room, dtype=torch.bool) if only_asked else pattern.visible(problem.pairs())
         return _Call(q, k, v, mask, False, partial(mask.select, 2, 0))
     return _Call(q, k, v, None, False, None)
 
