@@ -72,6 +72,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 @pytest.mark.usefixtures("_offline")
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile:UserWarning"
+)  # a page does, and says so
 def test_every_python_block_runs_and_prints_what_the_page_says(page: Path) -> None:
     space: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):

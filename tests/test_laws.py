@@ -95,11 +95,13 @@ SCORES = (
 )
 
 
-def make_problem(pattern: str, score: str, *, value_dim: int = 5, needs_lse: bool = True, **more: object) -> Problem:
+def make_problem(
+    pattern: str, score: str, *, dim: int = DIM, value_dim: int = 5, needs_lse: bool = True, **more: object
+) -> Problem:
     generator = torch.Generator().manual_seed(13)
     q, k, v = (
         torch.randn(BATCH, heads, length, dim, generator=generator, dtype=torch.float64)
-        for heads, length, dim in ((HEADS, QUERIES, DIM), (KEY_HEADS, KEYS, DIM), (KEY_HEADS, KEYS, value_dim))
+        for heads, length, dim in ((HEADS, QUERIES, dim), (KEY_HEADS, KEYS, dim), (KEY_HEADS, KEYS, value_dim))
     )
     return problem(q, k, v, PATTERNS[pattern], score=_scores(score), needs_lse=needs_lse, **more)  # type: ignore[arg-type]
 
