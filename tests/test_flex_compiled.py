@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
 import foveate as fv
 from foveate import Pattern
 from foveate.problem import Problem, problem
-from foveate.softmax import flex
+from foveate.softmax import chunked, flex
 
 MOST = 3
 LENGTHS = [*range(2, 400, 41), *range(130, 139), 1000]
@@ -86,6 +89,25 @@ def test_no_kernel_of_another_kind_is_begun_past_the_limit_of_all(monkeypatch: p
     with torch._dynamo.config.patch(accumulated_recompile_limit=5):
         (reason,) = flex.refuses(call)
     assert "PyTorch compiled it 5 times in this process" in reason
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_what_is_compiled_has_gradients_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no kernel for the backward pass: its graph is run as it is."""
+
+    def compile_nothing(kernel: flex._Kernel, graph: Any, inputs: list[Any]) -> Any:
+        kernel.count += 1
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(flex._Kernel, "_compile", compile_nothing)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # it would say no
+    for length in (40, 130, 260, 300, 301):
+        call = _problem(4, length)
+        leaves = [x.requires_grad_() for x in (call.q, call.k, call.v)]
+        given = torch.randn_like(call.q)
+        found, wanted = (torch.autograd.grad(way.run(call).out, leaves, given) for way in (flex, chunked))
+        torch.testing.assert_close(found, wanted)
+    assert _compiled() <= MOST
 
 
 def _problem(heads: int, length: int, dim: int = 16) -> Problem:
