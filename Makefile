@@ -10,7 +10,7 @@ SEED ?=
 BEFORE ?=
 BIN := $(VENV)/bin
 
-CORE := $(foreach name,laws traps traps_causal tensors interval cuda_fake cuda_fake_family cuda_sdpa flex_compiled,tests/test_$(name).py)
+CORE := $(foreach name,laws traps traps_causal interval cuda_fake cuda_fake_family cuda_sdpa flex_compiled,tests/test_$(name).py)
 SENTENCE := The animal didn't cross the street because it was too tired.
 
 export HF_HUB_OFFLINE := 1

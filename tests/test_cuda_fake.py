@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from foveate.pattern.interval import is_interval
-from foveate.pattern.listing import list_summary
+from foveate.pattern.listing import Listing, list_summary
 from foveate.pattern.memory import summarise
+from foveate.pattern.summary import Summary
 from foveate.problem import Problem
 from foveate.softmax import chunked, flex
 
@@ -29,8 +31,11 @@ def mode() -> Iterator[FakeTensorMode]:
 
 
 @pytest.fixture
-def summaries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Where a summary is asked for, the real one of the pattern named here, on the CPU."""
+def summaries(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Where a summary is asked for, the real one of the pattern named here, on the CPU.
+
+    What is moved from there to the card is fake already: PyTorch moves a real tensor by a real copy, if it can.
+    """
     asked: dict[str, Any] = {"pattern": None, "times": 0}
 
     def real(_: object, *more: Any) -> Any:
@@ -38,9 +43,19 @@ def summaries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         start = more[4]
         return summarise(asked["pattern"], *more[:4], None if isinstance(start, Tensor) else start, more[5])
 
+    def listed(summary: Summary) -> Listing:
+        found = really(list_summary)(summary)
+        pairs = (tuple(map(mode.from_tensor, pair)) for pair in (found.partial, found.full, found.tables))
+        seen = None if found.seen is None else mode.from_tensor(found.seen)
+        return Listing(*pairs, mode.from_tensor(found.steps), found.tells, seen)
+
+    def with_fake_bits(*arguments: Any) -> Summary:
+        found: Summary = really(real)(*arguments)
+        return replace(found, bits=mode.from_tensor(found.bits))
+
     monkeypatch.setattr(flex, "summarise", really(real))
-    monkeypatch.setattr(flex, "list_summary", really(list_summary))
-    monkeypatch.setattr("foveate.pattern.crossing.summarise", really(real))
+    monkeypatch.setattr(flex, "list_summary", listed)
+    monkeypatch.setattr("foveate.pattern.crossing.summarise", with_fake_bits)
     return asked
 
 

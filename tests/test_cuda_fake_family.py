@@ -12,12 +12,14 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.linear_problem import linear_problem
+from foveate.softmax import sdpa
 
 BATCH, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 37, 16
 
 
 @pytest.fixture(autouse=True)
 def _looked_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sdpa, "asked", lambda *_: ())  # on a machine without a driver PyTorch does not answer
     with fake_cuda():
         everyone_looks(monkeypatch)
         yield

