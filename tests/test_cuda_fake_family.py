@@ -95,6 +95,30 @@ def test_factors(name: str) -> None:
     assert FACTORIZED[name]().device == CUDA
 
 
+def _paged(pattern: fv.Pattern | None) -> Tensor:
+    pages = _on_card(9, KEY_HEADS, 8, DIM)
+    table, lengths = _whole_numbers(BATCH, 3), _whole_numbers(BATCH)
+    return fv.paged_attention(_on_card(BATCH, HEADS, 1, DIM), pages, pages, table, lengths, pattern)
+
+
+@pytest.mark.parametrize("pattern", [None, fv.causal & fv.window(5)], ids=repr)
+def test_pages(pattern: fv.Pattern | None) -> None:
+    assert _paged(pattern).device == CUDA
+
+
+def test_rows_and_choices() -> None:
+    out = _on_card(BATCH, HEADS, LENGTH, DIM)
+    assert fv.merge_by_rows(out, out[:, :, :3], _whole_numbers(3)).device == CUDA
+    assert fv.sampled_attention(*_qkv(), fv.causal, choices=_whole_numbers(BATCH, HEADS, LENGTH)).out.device == CUDA
+
+
+def test_documents_in_a_layer() -> None:
+    with CUDA:
+        layer = fv.nn.GatedDeltaNet(DIM, HEADS)
+    out = layer(_on_card(BATCH, LENGTH, DIM), documents=_whole_numbers(BATCH, LENGTH))
+    assert (out[0] if isinstance(out, tuple) else out).device == CUDA
+
+
 @pytest.mark.parametrize(("what", "wrong"), [("decay", "a decay is above 0"), ("beta", "a beta is below 0 or above 2")])
 def test_the_device_is_told_what_the_host_does_not_wait_for(
     what: str, wrong: str, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, integers, number, positive
+from foveate.values import at_hand, describe, integers, number, positive
 
 _SCORES = 1 << 20  # scores at once: a part stays in the cache
 
@@ -91,7 +91,7 @@ def sampled(
         raise InvalidInput(
             f"the choices are {describe(choices)}: wanted integers [batch, heads, queries] = {list(shape)}"
         )
-    elif is_known(choices) and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
+    elif at_hand(choices) and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
         raise InvalidInput(f"the choices go from {int(choices.min())} to {int(choices.max())}: "
                            f"wanted keys from 0 to {call.shape[3] - 1}, or −1 for none")  # fmt: skip
     soft = None

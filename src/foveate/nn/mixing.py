@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.linear_problem import LinearState, step_ids
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe, sequence, whole
+from foveate.values import at_hand, describe, sequence, whole
 
 
 class MixerState(NamedTuple):
@@ -100,7 +99,7 @@ class ShortConvolution(nn.Module):
         batch, steps, channels = x.shape
         before, ids = self.weight.shape[1] - 1, ids.expand(batch, -1)
         skipped, order = ids < 0, None
-        if not is_known(ids) or bool(skipped.any()):  # what is passed over goes to the end, and back afterwards
+        if not at_hand(ids) or bool(skipped.any()):  # what is passed over goes to the end, and back afterwards
             order = skipped.byte().argsort(dim=1, stable=True)
             x, ids = x.gather(1, order[..., None].expand_as(x)), ids.gather(1, order)
         joined = torch.cat([state, x], 1)

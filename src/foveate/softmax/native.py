@@ -478,11 +478,18 @@ class Pages(NamedTuple):
             )
 
     def check(self, lengths: Tensor) -> None:
-        """Raise `InvalidInput` if a length is longer than the pages, or a page that it needs is not there."""
-        self.check_lengths(lengths)
+        """Raise `InvalidInput` if a length is longer than the pages, or a page that it needs is not there.
+
+        The host does not wait for a GPU: that one is told to stop instead.
+        """
         count, places = self.key_pages.shape[0], self.table.shape[1]
         needed = torch.arange(places, device=self.table.device) * self.size < lengths[:, None]
         outside = needed & ((self.table < 0) | (self.table >= count))
+        if lengths.is_cuda:
+            fit = ((lengths >= 0) & (lengths <= self.capacity)).all() & ~outside.any()
+            torch._assert_async(fit, "a length is longer than its pages hold, or needs a page that is not there")
+            return
+        self.check_lengths(lengths)
         if bool(outside.any()):
             row, place = outside.nonzero()[0].tolist()
             raise InvalidInput(
