@@ -107,15 +107,14 @@ def run(problem: Problem) -> Result:
         # Without a mask the kernel loses a NaN of the query among so few keys.
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
         mask, causal = mask.tril() if causal else mask, False
-    attend = partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=bool(q.shape[1] != k.shape[1]),
-    )  # fmt: skip
+    attend, grouped = torch.nn.functional.scaled_dot_product_attention, bool(q.shape[1] != k.shape[1])
     if k.device.type != "cuda":
-        return Result(laid_out_as(problem.q, ungroup(attend(), problem.q)), None)
+        out = attend(q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=grouped)
+        return Result(laid_out_as(problem.q, ungroup(out, problem.q)), None)
     allowed = _allowed(call._replace(k=k, v=v), problem.needs_gradient)
     with nullcontext() if torch.compiler.is_compiling() else _ALONE, sdpa_kernel(allowed):
-        return Result(laid_out_as(problem.q, attend()), None)
+        out = attend(q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=grouped)
+    return Result(laid_out_as(problem.q, out), None)
 
 
 class _Call(NamedTuple):
@@ -147,8 +146,9 @@ def _call(problem: Problem, *, only_asked: bool = False) -> _Call:
         full = pattern.full()
         return _Call(q, k, v, full, False, partial(full.any, 2))
     if pattern is not None:
-        room = (problem.shape[0], 1, 1, problem.shape[3])
-        mask = q.new_empty(room, dtype=torch.bool) if only_asked else pattern.visible(problem.pairs())
+        if only_asked:
+            return _Call(q, k, v, q.new_empty(q.shape[0], 1, 1, k.shape[2], dtype=torch.bool), False, None)
+        mask = pattern.visible(problem.pairs())
         return _Call(q, k, v, mask, False, partial(mask.select, 2, 0))
     return _Call(q, k, v, None, False, None)
 
