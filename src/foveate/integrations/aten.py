@@ -4,6 +4,7 @@
     scaled_dot_product_attention                    eager calls that need no gradient, of any rank
     _scaled_dot_product_flash_attention_for_cpu     what PyTorch's own choice leads to: training, compiled graphs
     _scaled_dot_product_flash_attention_for_cpu_backward    the gradient of that
+    _native_multi_head_attention                    nn.MultiheadAttention and nn.Transformer in eval, their "fast path"
 
 No kernel of PyTorch's is replaced. The first entry is a formula without a kernel for the CPU, so ours is its only one;
 the others get a kernel at `BackendSelect`, the step right above the CPU's. What we do not take goes on to where it
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 from foveate.integrations.fused import EMPTY, SLOWER, added, compute, gradients, plan, refusal_of_gradients
 from foveate.primitives import group, ungroup
@@ -31,20 +33,25 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+_MULTI_HEAD = torch.ops.aten._native_multi_head_attention.default
+
 _BELOW = torch._C._dispatch_keyset_full_after(DispatchKey.BackendSelect)
 _PLAIN = functools.reduce(
     lambda keys, key: keys.add(key),
     (DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView, DispatchKey.AutogradCPU, DispatchKey.AutocastCPU),
     DispatchKeySet(DispatchKey.CPU),
 ).raw_repr()
+_NESTED = DispatchKeySet(DispatchKey.NestedTensorCPU).raw_repr()
 _UNUSUAL = ~_PLAIN  # the bits of subclasses, transforms, traces, modes and other devices
+# How `_native_multi_head_attention` lays out its masks, by their type: [queries, keys], [batch, keys], and all four.
+_MASKED: dict[int | None, Callable[[Tensor], Tensor]] = {0: lambda x: x, 1: lambda x: x[:, None, None], 2: lambda x: x}
 _CHOICE_FUSED = 1  # of `torch._fused_sdp_choice`
 
 
 class Entries:
     """Our kernels at aten's entries, process-wide, from the making on; `tell` is told of every call while `on`.
 
-    The three have the signatures that aten gives them; the first argument is what dispatch has seen.
+    They have the signatures that aten gives them; the first argument is what dispatch has seen.
     """
 
     def __init__(self, tell: Tell) -> None:
@@ -55,6 +62,7 @@ class Entries:
             self._library.impl(_SDPA, self.attention, key, with_keyset=True)
         self._library.impl(_FUSED, self.fused, "BackendSelect", with_keyset=True)
         self._library.impl(_FUSED_BACKWARD, self.fused_backward, "BackendSelect", with_keyset=True)
+        self._library.impl(_MULTI_HEAD, self.multi_head, "BackendSelect", with_keyset=True)
 
     def leave(self) -> None:
         """Take the kernels out. No other thread may be in a call: dispatch does not wait for it, and would crash."""
@@ -131,6 +139,31 @@ class Entries:
             keys & _BELOW, grad_out, q, k, v, out, logsumexp, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )
         return theirs
+
+    def multi_head(
+        self, keys: DispatchKeySet, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int,
+        in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, mask: Tensor | None = None,
+        need_weights: bool = True, average_weights: bool = True, mask_type: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The projections around a call of `attention`, as PyTorch's own way has them that needs no weights."""
+        nested = query.is_nested
+        ours = self.on and not keys.raw_repr() & _UNUSUAL & ~_NESTED and query is key is value and not need_weights
+        if not ours or (mask is not None and (nested or mask_type not in _MASKED)):
+            theirs: tuple[Tensor, Tensor | None] = _MULTI_HEAD.redispatch(
+                keys & _BELOW, query, key, value, width, heads, in_weight, in_bias, out_weight, out_bias, mask,
+                need_weights, average_weights, mask_type,
+            )  # fmt: skip
+            return theirs
+        if mask is not None:
+            mask = _MASKED[mask_type](mask.logical_not() if mask.dtype == torch.bool else mask.to(query.dtype))
+
+        def attend(x: Tensor) -> Tensor:
+            q, k, v = linear(x, in_weight, in_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            return linear(_SDPA(q, k, v, mask).transpose(1, 2).flatten(2), out_weight, out_bias)
+
+        if nested:
+            return torch.nested.as_nested_tensor([attend(x[None])[0] for x in query.unbind()]), None
+        return attend(query), None
 
     @staticmethod
     def _next_forward(

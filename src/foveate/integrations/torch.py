@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
-
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.aten import Entries
 from foveate.integrations.fused import missing
@@ -71,16 +69,12 @@ class _State:
         self.active: list[Acceleration] = []
         self.last: Acceleration | None = None
         self.entries: Entries | None = None
-        self.fast_path = True
 
     def begin(self) -> Acceleration:
         with self.lock:
             if not self.active:
                 self.entries = self.entries or Entries(self.tell)
                 self.entries.on = True
-                # nn.Transformer's fast path calls no scaled_dot_product_attention.
-                self.fast_path = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
             self.active.append(Acceleration())
             return self.active[-1]
 
@@ -92,7 +86,6 @@ class _State:
             self.active.remove(one)
             self.last = one
             if not self.active and self.entries is not None:
-                torch.backends.mha.set_fastpath_enabled(self.fast_path)
                 self.entries.on = False
                 if threading.active_count() == 1:  # else a thread may be on its way in: they stay, and pass calls on
                     self.entries.leave()
