@@ -6,6 +6,8 @@ VENV ?= .venv
 ARGS ?=
 RESULTS ?= build/bench
 ROUNDS ?=
+SEED ?=
+BEFORE ?=
 BIN := $(VENV)/bin
 
 SENTENCE := The animal didn't cross the street because it was too tired.
@@ -16,7 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-timm check asan tsan aarch64 bench docs clean
+.PHONY: help demo test test-all test-timm fuzz check asan tsan aarch64 bench compare docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +35,9 @@ test-all: $(VENV)/.dev ## run the slow tests too
 test-timm: $(VENV)/.dev ## test timm's models, apart: the torchvision that timm needs breaks transformers beside a torch for CPUs alone
 	@$(BIN)/python -m pip install -qq --no-deps --upgrade --target build/timm -c constraints.txt timm torchvision
 	@PYTHONPATH=build/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_timm_detr.py $(ARGS)
+
+fuzz: $(VENV)/.dev ## compare random calls with float64: new ones for five minutes, or SEED=7
+	@$(BIN)/python -W ignore tests/fuzzing.py $(if $(SEED),$(SEED),--minutes 5)
 
 check: $(VENV)/.dev ## check style, types, who imports whom, and the docs
 	$(BIN)/ruff check
@@ -67,6 +72,9 @@ bench: $(VENV)/.dev ## measure beside PyTorch, into build/bench (half an hour or
 	@mkdir -p $(RESULTS)
 	@for table in softmax linear sparse; do \
 		$(BIN)/foveate bench $$table $(foreach kind,json csv svg,--out $(RESULTS)/$$table.$(kind)) $(ARGS) || exit; done
+
+compare: $(VENV)/.dev ## is any row slower than in another checkout? BEFORE=../before (half an hour; close what else runs)
+	@$(BIN)/python benchmarks/compare.py $(BEFORE) $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet

@@ -269,8 +269,8 @@ void backward(const Gradients& given, const Kernel& kernel, int threads) {
     std::vector<std::atomic<int64_t>> passed(static_cast<size_t>(groups * turns));
     gradients.passed = passed.data();
     const bool scored = gradients.d_bias || gradients.d_distances;
-    std::unique_ptr<float[]> deltas(scored ? new float[static_cast<size_t>(call.batch * call.heads * call.queries)] : nullptr);
-    gradients.deltas = deltas.get();
+    std::unique_ptr<Row[]> rows(scored ? new Row[static_cast<size_t>(call.batch * call.heads * call.queries)] : nullptr);
+    gradients.rows = rows.get(), gradients.other_order = is_decoding(call);
     const int64_t bytes = kernel.backward_bytes(call, bands.height);
     // Turn by turn through all heads: two bands of one head, of which one may have to wait, seldom run together.
     spread(threads, groups * turns, [&](int64_t n) {

@@ -30,7 +30,8 @@ struct Call {
     Dtype dtype;
     View q, k, v, out;
     float* lse;   // [batch, heads, queries], contiguous
-    float* rest;  // likewise, what rounding to float32 took from it; null: not kept. A backward pass is the finer for it.
+    float* rest;  // [batch, heads, queries, 4]: what a backward pass makes the weights from again; null: not kept, and it has
+                  // to find out by itself where the log-sum-exp is large. With a selection it is never null.
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     float scale;
 
@@ -65,6 +66,11 @@ struct Call {
     Selection chosen;
 };
 
+// What the gradients of scores are made from, for one row: a weight is 2^((score − base) · binary − above).
+struct Row {
+    float base, above, moves, delta;
+};
+
 // The backward pass: `call` as in the forward pass, with its results; gradients are float32 and contiguous.
 struct Gradients {
     Call call;
@@ -75,7 +81,8 @@ struct Gradients {
     int64_t bias_sizes[4];          // 1 where one entry stands for all
     double* d_distances;            // as distances; null: not wanted
     int64_t distance_batches;       // 1 or batch
-    float* deltas;                  // [batch, heads, queries]: δ of every row, if something added to the scores wants a gradient
+    Row* rows;                      // [batch, heads, queries], if something added to the scores wants a gradient
+    bool other_order;               // the forward pass took its sums in another order than this one does
     std::atomic<int64_t>* passed;   // [batch, key heads, turns]: the key tiles before this one are done
 };
 
@@ -87,7 +94,7 @@ struct Looked {
     float* weights;    // likewise
     float *rest, *entropy;  // [batch, heads, queries]
     float* received;        // [batch, heads, keys], zeros before
-    float *bases, *factors;  // [batch, heads, queries]: a weight is 2^(score − base) · factor; for the second pass
+    float *bases, *factors;  // [batch, heads, queries]: a weight is exp(score − base) · factor; for the second pass
     std::atomic<int64_t>* passed;
 };
 

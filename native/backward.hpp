@@ -1,6 +1,6 @@
-// The backward pass of a band, from the saved log-sum-exp, in one pass over its tiles:
+// The backward pass of a band, from what the forward pass kept of its rows, in one pass over its tiles:
 //
-//     Pᵀ = 2^(scores − lse)      dPᵀ = V·dOᵀ      dSᵀ = Pᵀ ∘ (dPᵀ − δ),   δ = Σ dO ∘ O − d lse, for each row
+//     Pᵀ = exp(scores − lse)     dPᵀ = V·dOᵀ      dSᵀ = Pᵀ ∘ (dPᵀ − δ),   δ = Σ dO ∘ O − d lse, for each row
 //     dV += Pᵀ·dO                dK += dSᵀ·Q      dQᵀ += Kᵀ·dSᵀ
 //
 // Query rows lie in the lanes as in the forward pass; dV and dK have their own dimension there. A band holds the
@@ -38,43 +38,61 @@ static Rows cleaned(const Rows& rows, int64_t count, int64_t dim, float* scratch
     return {scratch, padded(dim)};
 }
 
-// A tile of rows made ready: queries and the gradient of the output across the lanes, log-sum-exp and δ.
-// The log-sum-exp is binary, in two parts: one float32 would cost as many digits as it has before its point.
+// A tile of rows made ready: queries and the gradient of the output across the lanes, what was kept of the rows (`above` is
+// binary here), δ. A row that does not move gets no gradient of its output there: that of the log-sum-exp is left in δ.
 // Into `sums`, if it is there, go the gradients of a row's scores. What they should sum to is known, so they tell the error
 // of δ, by the rounding of the output: it is the same in a whole row, and adds up where an entry of a score collects there.
 struct Ready {
-    float *q, *d_out, *lse, *lse_rest, *delta, *sums;
+    float *q, *d_out, *base, *above, *delta, *moves, *sunk, *sums;
 };
+constexpr int64_t row_floats = 6 * tile;  // numbers of the rows of a tile
 
-// Log-sum-exp (binary) and δ of a tile of rows, the first of which is number `at` of all.
-static void rows_ready(const Gradients& g, int64_t at, int64_t rows, const Rows& d_out, const Rows& out, const Ready& ready) {
+template <typename Room>
+static Ready ready_at(float* q, float* d_out, bool summed, Room room) {
+    float *base = room(tile), *above = room(tile), *delta = room(tile), *moves = room(tile), *sunk = room(tile), *sums = room(tile);
+    memset(sums, 0, sizeof(float) * tile);
+    return {q, d_out, base, above, delta, moves, sunk, summed ? sums : nullptr};
+}
+
+// What the forward pass kept of row number `at` of all, or as much of it as the rounded log-sum-exp says.
+static inline Kept kept_at(const Call& call, int64_t head, int64_t at) {
+    if (call.rest) {
+        Kept kept;
+        memcpy(&kept, call.rest + at * kept_floats, sizeof kept);
+        return kept;
+    }
+    const double lse = call.lse[at];
+    return kept_of(call, 0, lse, call.sinks && lse != -INFINITY ? static_cast<float>(exp(call.sinks[head] - lse)) : 0.0f, 1);
+}
+
+// Where the sums of the forward pass had another order, or only a rounded log-sum-exp is left of it, large scores are not
+// those that the weights have to be over: their bases are found again, from the scores of this pass.
+static inline bool finds_base(const Gradients& g, int64_t at) {
+    return g.other_order || (!g.call.rest && fabsf(g.call.lse[at]) > large && g.call.lse[at] != -INFINITY);
+}
+
+static void hold_still(const Ready& ready, int64_t row, int64_t across) {
+    for (int64_t d = 0; d < across; ++d) ready.d_out[d * tile + row] = 0;
+}
+
+// What was kept (or `found`, where it had to be) and δ of a tile of rows; `ready.d_out` has `across` numbers of each.
+static void rows_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const Rows& d_out,
+                       const Rows& out, const Ready& ready, int64_t across, const Kept* found = nullptr) {
     const Call& call = g.call;
     for (int64_t row = 0; row < tile; ++row) {
-        const float lse = row < rows ? call.lse[at + row] : -INFINITY;
-        // Without the rest, what was multiplied by a rounded log₂e is divided by that one.
-        const double exact = static_cast<double>(lse) + (call.rest && row < rows ? call.rest[at + row] : 0);
-        const double binary = exact * (call.rest ? 1.44269504088896341 : static_cast<double>(log2e));
-        ready.lse[row] = lse == -INFINITY ? INFINITY : static_cast<float>(binary);  // no weight for a row that sees nothing
-        ready.lse_rest[row] = lse - lse == 0 ? static_cast<float>(binary - ready.lse[row]) : 0.0f;
-        ready.delta[row] = 0;
+        const int64_t at = number_of(call, batch, head, first_row + row);
+        const bool again = row < rows && found && finds_base(g, at);
+        const Kept kept = row >= rows ? Kept{INFINITY, 0, 0, 0} : again ? found[row] : kept_at(call, head, at);
+        ready.base[row] = kept.base, ready.above[row] = static_cast<float>(kept.above * log2e);
+        ready.moves[row] = kept.moves, ready.sunk[row] = kept.sunk, ready.delta[row] = 0;
         if (row >= rows) continue;
         Floats sum{};
         for (int64_t d = 0; d < call.value_dim; d += lanes)
             sum += load_some(d_out.data + row * d_out.stride + d, call.value_dim - d) *
                    load_some(out.data + row * out.stride + d, call.value_dim - d);
-        ready.delta[row] = sum_of(sum) - (g.d_lse ? g.d_lse[at + row] : 0);
+        ready.delta[row] = (kept.moves == 0 ? 0.0f : sum_of(sum)) - (g.d_lse ? g.d_lse[at] : 0);
+        if (kept.moves == 0) hold_still(ready, row, across);
     }
-}
-
-static void make_ready(const Gradients& g, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
-                       const Ready& ready, float* wide_a, float* wide_b) {
-    const Call& call = g.call;
-    const int64_t at = (batch * call.heads + head) * call.queries + first_row;
-    lay(rows_of(call, call.q, batch, head, first_row, rows, call.dim, wide_a), rows, call.dim, 1, ready.q);
-    const Rows d_out = rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, wide_a);
-    const Rows out = rows_of(call, call.out, batch, head, first_row, rows, call.value_dim, wide_b);
-    lay(d_out, rows, call.value_dim, 1, ready.d_out);
-    rows_ready(g, at, rows, d_out, out, ready);
 }
 
 // Weights (as they were given to the values) and the gradients of the scores of one tile; `before_cap` is what is handed
@@ -89,7 +107,7 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
                             float* weights, float* d_scores, float* slopes) {
     const bool summed = ready.sums;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
-        const Floats lse = load(ready.lse + n), lse_rest = load(ready.lse_rest + n), delta = load(ready.delta + n);
+        const Floats base = load(ready.base + n), above = load(ready.above + n), delta = load(ready.delta + n);
         Floats sum{};
         for (int64_t key = 0; key < at.keys; key += 4) {
             Floats factors[4];
@@ -98,8 +116,8 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
             for (int64_t more = 0; more < end; ++more) {
                 const int64_t place = (key + more) * tile + n;
                 const Floats score = load(weights + place);
-                Floats weight = power_of_two(score * spread(binary) - lse - lse_rest);
-                if (some_hidden) weight = score == spread(-INFINITY) ? Floats{} : weight;  // whatever the row's lse is
+                Floats weight = power_of_two((score - base) * spread(binary) - above);
+                if (some_hidden) weight = score == spread(-INFINITY) ? Floats{} : weight;  // whatever the row's base is
                 Floats d_weight = load(d_scores + place);
                 if (call.threshold) d_weight *= factors[more];
                 Floats change = weight * (d_weight - delta);
@@ -115,42 +133,49 @@ static void score_gradients(const Call& call, const Place& at, int64_t active, f
     }
 }
 
+// Raw scores of a tile become those that are weighed; whether some of them are hidden.
+static bool scored(const Call& call, const Columns& mine, const Place& at, float* scores, float* slopes) {
+    const int64_t active = (at.rows + lanes - 1) / lanes;
+    if (adjusts(call)) adjust(call, at, active, scores, slopes);
+    uint64_t seen[tile];
+    const bool masked = mine.hides(seen);
+    if (masked) hide(scores, seen, at.keys, active);
+    return masked;
+}
+
+static bool finds_bases(const Gradients& g, int64_t at, int64_t rows) {
+    bool found = false;
+    for (int64_t row = at; row < at + rows; ++row) found |= finds_base(g, row);
+    return found;
+}
+
+template <typename Raw>  // raw(first key, keys): scores of these rows and keys as the products leave them, into `scores`
+static void find_bases(const Call& call, int64_t batch, int64_t head, Columns mine, float* scores, Kept* found, Raw raw) {
+    float base[tile], times[tile], total[tile], shrink[tile];
+    const State state{base, times, total, nullptr};
+    bool far = near < 0;
+    const int64_t active = (mine.rows + lanes - 1) / lanes;
+    state.clear(active);
+    for (; !mine.done(); mine.next()) {
+        const int64_t first_key = mine.column() * tile, keys = keys_at(call, batch, first_key);
+        raw(first_key, keys);
+        scored(call, mine, {batch, head, mine.first_row, mine.rows, first_key, keys}, scores, nullptr);
+        weigh_all(scores, keys, active, binary_of(call), state, far, shrink);
+    }
+    const Endings ends(call, head, state, mine.rows);
+    for (int64_t row = 0; row < mine.rows; ++row) found[row] = ends.kept(call, row);
+}
+
 // The middle of it: `weights` holds raw scores, `d_scores` the gradients of weights.
 static TileGradients through_softmax(const Call& call, const Columns& mine, const Place& at, const Ready& ready,
                                      float* weights, float* d_scores, float* slopes) {
     const int64_t active = (at.rows + lanes - 1) / lanes;
-    const bool adjusted = adjusts(call);
-    const float binary = adjusted ? log2e : call.scale * log2e;
-    if (adjusted) adjust(call, at, call.scale, active, weights, slopes);
-    uint64_t seen[tile];
-    const bool masked = mine.hides(seen);
-    if (masked) hide(weights, seen, at.keys, active);
-    if (masked || call.bias)
+    const float binary = binary_of(call);
+    if (scored(call, mine, at, weights, slopes) || call.bias)
         score_gradients<true>(call, at, active, binary, ready, weights, d_scores, slopes);
     else
         score_gradients<false>(call, at, active, binary, ready, weights, d_scores, slopes);
     return {weights, d_scores, call.softcap != 0 ? slopes : d_scores};
-}
-
-static TileGradients tile_gradients(const Gradients& g, const Columns& mine, const Place& at, const Rows& k, const Rows& v,
-                                    const Ready& ready, float* weights, float* d_scores, float* slopes) {
-    const Call& call = g.call;
-    const int64_t active = (at.rows + lanes - 1) / lanes;
-    dot_products(k, at.keys, ready.q, call.dim, active, weights);
-    dot_products(v, at.keys, ready.d_out, call.value_dim, active, d_scores);
-    return through_softmax(call, mine, at, ready, weights, d_scores, slopes);
-}
-
-static int64_t ready_floats(const Call& call) { return tile * (call.dim + call.value_dim + 4); }
-
-static Ready ready_at(const Call& call, float*& next, bool summed) {
-    float* q = next;
-    float* d_out = q + tile * call.dim;
-    float* lse = d_out + tile * call.value_dim;
-    float* sums = lse + 3 * tile;
-    next = sums + tile;
-    memset(sums, 0, sizeof(float) * tile);
-    return {q, d_out, lse, lse + tile, lse + 2 * tile, summed ? sums : nullptr};
 }
 
 static int64_t backward_bytes(const Call& call, int64_t tile_rows) {
@@ -158,7 +183,7 @@ static int64_t backward_bytes(const Call& call, int64_t tile_rows) {
     // Weights, gradients and slopes of a tile; keys and values as float32, clean keys; sums for a tile of keys.
     const int64_t widest = most(dim, value_dim);
     const int64_t shared = tile * (3 * tile + 2 * widest + 2 * dim + value_dim) + lanes * (dim + lanes);
-    const int64_t each = ready_floats(call) + tile * (2 * dim + value_dim);  // and q, dO as rows, dQ
+    const int64_t each = row_floats + tile * (call.dim + call.value_dim + 2 * dim + value_dim);  // q, dO twice; dQ
     return 4 * (shared + tile_rows * each);
 }
 
@@ -172,14 +197,8 @@ static void add_rows(float* to, const float* from, int64_t count, int64_t dim, f
         }
 }
 
-// δ of a row without the rounding of the output: Σ P ∘ dP = Σ dS + δ · ΣP, and what ΣP lacks is the share of a sink.
-static float finer_delta(const Call& call, int64_t head, int64_t at, float delta, float sum, float d_lse) {
-    const double lse = static_cast<double>(call.lse[at]) + (call.rest ? call.rest[at] : 0);
-    const double sunk = call.sinks && lse != -INFINITY ? exp(call.sinks[head] - lse) : 0;
-    return static_cast<float>(delta - delta * sunk + sum - d_lse);
-}
-
-// What a band kept to its end: dQ, out of the lanes, and δ of its rows.
+// What a band kept to its end: dQ, out of the lanes, and for the gradients of what was added to the scores all of its rows.
+// There δ is without the rounding of the output: Σ P ∘ dP = Σ dS + δ · ΣP, and what ΣP lacks is the share of a sink.
 static void leave_rows(const Gradients& g, const Band& band, const BandColumns& columns, const Ready* ready,
                        const float* const* dq, float* row_scratch) {
     const Call& call = g.call;
@@ -187,13 +206,16 @@ static void leave_rows(const Gradients& g, const Band& band, const BandColumns& 
     float factors[tile];
     for (float& factor : factors) factor = call.scale;
     for (int64_t r = 0; r < band.count; ++r) {
-        const int64_t at = (band.batch * call.heads + band.head) * call.queries + columns.of[r].first_row;
+        const int64_t at = number_of(call, band.batch, band.head, columns.of[r].first_row);
         unlay(dq[r], columns.of[r].rows, dim, factors, row_scratch, [&](int64_t row, const float* numbers) {
             memcpy(g.dq + (at + row) * dim, numbers, sizeof(float) * static_cast<size_t>(dim));
         });
-        for (int64_t row = 0; row < columns.of[r].rows && g.deltas; ++row)
-            g.deltas[at + row] = finer_delta(call, band.head, at + row, ready[r].delta[row], ready[r].sums[row],
-                                             g.d_lse ? g.d_lse[at + row] : 0);
+        const Ready& mine = ready[r];
+        for (int64_t row = 0; row < columns.of[r].rows && g.rows; ++row) {
+            const float d_lse = g.d_lse ? g.d_lse[at + row] : 0.0f;
+            const float delta = mine.delta[row] - mine.delta[row] * mine.sunk[row] + mine.sums[row] - d_lse;
+            g.rows[at + row] = {mine.base[row], mine.above[row], mine.moves[row], delta};
+        }
     }
 }
 
@@ -215,8 +237,21 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
     BandColumns columns(call, band);
     for (int64_t r = 0; r < band.count; ++r) {
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
-        ready[r] = ready_at(call, next, g.deltas);
-        make_ready(g, band.batch, band.head, first_row, rows, ready[r], wide_k, wide_v);
+        float *q_across = room(tile * dim), *d_across = room(tile * value_dim);
+        ready[r] = ready_at(q_across, d_across, g.rows, room);
+        lay(rows_of(call, call.q, band.batch, band.head, first_row, rows, dim, wide_k), rows, dim, ready[r].q);
+        Kept found[tile];
+        const bool finds = finds_bases(g, number_of(call, band.batch, band.head, first_row), rows);
+        if (finds)
+            find_bases(call, band.batch, band.head, columns.of[r], weights, found, [&](int64_t first_key, int64_t keys) {
+                dot_products(keys_of(call, band.batch, key_head, first_key, keys, wide_k), keys, ready[r].q, dim,
+                             (rows + lanes - 1) / lanes, weights);
+            });
+        const Rows d_wide = rows_of(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, wide_k);
+        lay(d_wide, rows, value_dim, ready[r].d_out);
+        rows_ready(g, band.batch, band.head, first_row, rows, d_wide,
+                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_v), ready[r], value_dim,
+                   finds ? found : nullptr);
         float *q_rows = room(tile * wide), *d_rows = room(tile * value_wide);
         q[r] = rows_of(call, call.q, band.batch, band.head, first_row, rows, dim, q_rows);
         q[r] = finite(q[r], rows, dim) ? whole_vectors(q[r], rows, dim, q_rows) : cleaned(q[r], rows, dim, q_rows);
@@ -236,8 +271,10 @@ static void backward(const Gradients& g, const Band& band, int64_t turn, int64_t
             Columns& mine = columns.of[r];
             if (mine.done() || mine.column() != column) continue;
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
-            const TileGradients of_tile = tile_gradients(g, mine, at, k, v, ready[r], weights, d_scores, slopes);
             const int64_t active = (mine.rows + lanes - 1) / lanes;
+            dot_products(k, keys, ready[r].q, dim, active, weights);
+            dot_products(v, keys, ready[r].d_out, value_dim, active, d_scores);
+            const TileGradients of_tile = through_softmax(call, mine, at, ready[r], weights, d_scores, slopes);
             const float* ds = of_tile.before_cap;
             if (first) {
                 products<false, Into::fresh>(of_tile.weights, keys, tile, d_out[r].data, d_out[r].stride, mine.rows,

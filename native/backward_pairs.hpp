@@ -28,7 +28,7 @@ static void add_chunks(float* to, const float* from, int64_t count, int64_t dim,
 static int64_t pair_row_floats(const Call& call) {
     const int64_t across = tile * (pair_stride(call.dim) + pair_stride(call.value_dim)) / 2;
     const int64_t woven = tile * tile / 2 * (blocks(call.dim, 64) + blocks(call.value_dim, 64));
-    return across + woven + 4 * tile + tile * blocks(call.dim, 16) * 16;
+    return across + woven + row_floats + tile * blocks(call.dim, 16) * 16;
 }
 
 static int64_t backward_pair_bytes(const Call& call, int64_t tile_rows) {
@@ -63,27 +63,34 @@ static void backward_pairs(const Gradients& g, const Band& band, int64_t turn, i
     Ready ready[band_rows];
     uint32_t *q[band_rows], *d_out[band_rows], *q_woven[band_rows], *d_woven[band_rows];
     float* dq[band_rows];
+    const PairUnit unit;
     BandColumns columns(call, band);
     for (int64_t r = 0; r < band.count; ++r) {
         const int64_t first_row = columns.of[r].first_row, rows = columns.of[r].rows;
         q[r] = words(tile * pair_stride(dim) / 2), d_out[r] = words(tile * pair_stride(value_dim) / 2);
         q_woven[r] = words(tile * tile / 2 * chunks), d_woven[r] = words(tile * tile / 2 * value_chunks);
-        ready[r] = {nullptr, nullptr, room(tile), room(tile), room(tile), g.deltas ? room(tile) : nullptr};
-        if (g.deltas) memset(ready[r].sums, 0, sizeof(float) * tile);
+        ready[r] = ready_at(nullptr, reinterpret_cast<float*>(d_out[r]), g.rows, room);
         dq[r] = room(tile * dim_blocks * 16);
         memset(dq[r], 0, sizeof(float) * static_cast<size_t>(tile * dim_blocks * 16));
-        lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, key_rows, false), rows, dim, false, q[r]);
+        lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, key_rows, false), rows, dim, q[r]);
         lay_pairs(pair_rows(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, value_rows, false), rows,
-                  value_dim, false, d_out[r]);
+                  value_dim, d_out[r]);
         weave_pairs(call, call.q, band.batch, band.head, first_row, rows, dim, q_woven[r]);
         clean_pairs(q_woven[r], 2 * tile * tile * chunks);
         weave_pairs(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, d_woven[r]);
-        const int64_t at = (band.batch * call.heads + band.head) * call.queries + first_row;
+        Kept found[tile];
+        const bool finds = finds_bases(g, number_of(call, band.batch, band.head, first_row), rows);
+        if (finds)
+            find_bases(call, band.batch, band.head, columns.of[r], weights, found, [&](int64_t first_key, int64_t keys) {
+                const PairRows k = pair_rows(call, call.k, band.batch, key_head, first_key, keys, dim, key_rows, call.pages);
+                pair_products(k.data, blocks(keys, 16), k.stride, q[r], blocks(dim, 32), blocks(rows, lanes), weights, false);
+            });
         const Rows d_wide = rows_of(call, g.d_out, band.batch, band.head, first_row, rows, value_dim, wide_a);
-        rows_ready(g, at, rows, d_wide, rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_b), ready[r]);
+        rows_ready(g, band.batch, band.head, first_row, rows, d_wide,
+                   rows_of(call, call.out, band.batch, band.head, first_row, rows, value_dim, wide_b), ready[r],
+                   pair_stride(value_dim) / 2, finds ? found : nullptr);
     }
 
-    const PairUnit unit;
     Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);

@@ -186,8 +186,7 @@ static void adjust_row(const Call& call, int64_t batch, int64_t head, int64_t qu
         const float* bias = call.bias + batch * steps[0] + head * steps[1] + query * steps[2] + first_key * steps[3];
         for (int64_t key = 0; key < keys; ++key) {
             const float added = bias[key * steps[3]];
-            const float sum = scores[key] + added;
-            scores[key] = added == -INFINITY ? added : sum < lowest ? lowest : sum;
+            scores[key] = added == -INFINITY ? added : scores[key] + added;
         }
     }
 }
@@ -216,7 +215,7 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     const int64_t dim = call.dim, wide = padded(dim), value_dim = call.value_dim, value_wide = padded(value_dim);
     const int64_t group = call.heads / call.key_heads, rows = rows_in_group(call), floats = part_floats(call);
     const bool adjusted = adjusts(call);
-    const float binary = adjusted ? log2e : call.scale * log2e;
+    const float binary = binary_of(call);
     const bool halves = reads_halves(call);
     // Other half precision is widened a few keys at a time, so that it stays in the first cache.
     const int64_t few = call.dtype == Dtype::float32 ? tile : 16;
@@ -275,8 +274,8 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
                 for (int64_t key = keys; key < tile; ++key) score[key] = 0;
                 if (adjusted)
                     adjust_row(call, batch, key_head * group + row / call.queries, row % call.queries, first_key, keys, score);
-                for (int n = 0; n < tile; n += lanes)
-                    store(score + n, pick(seen[row] >> n, load(score + n) * spread(binary), spread(-INFINITY)));
+                for (int n = 0; n < tile && ~seen[row]; n += lanes)
+                    store(score + n, pick(seen[row] >> n, load(score + n), spread(-INFINITY)));
             }
         }
         for (int64_t row = 0; row < rows; ++row) {
@@ -287,20 +286,21 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
             float highest = -INFINITY;
             for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
             float* mine = part + row * floats;
-            if (highest > mine[0] + slack) {
-                const Floats shrink = power_of_two(spread(mine[0] - highest));
+            if ((highest - mine[0]) * binary > slack) {
+                const Floats shrink = power_of_two(spread((mine[0] - highest) * binary));
                 mine[1] *= shrink[0];
                 for (int64_t d = 0; d < value_wide; d += lanes) store(mine + 2 + d, load(mine + 2 + d) * shrink);
                 mine[0] = highest;
             }
             const Floats base = spread(mine[0] == -INFINITY ? 0.0f : mine[0]);
-            for (int64_t c = 0; c < count; ++c)
-                for (int n = 0; n < tile && some[c]; n += lanes) {
-                    float* place = score + c * tile + n;
-                    const Floats weight = power_of_two(load(place) - base);
+            for (int64_t c = 0; c < count; ++c) {
+                if (!some[c]) continue;
+                for (float* place = score + c * tile; place < score + (c + 1) * tile; place += lanes) {
+                    const Floats weight = power_of_two((load(place) - base) * spread(binary));
                     store(place, weight);
                     sum += weight;
                 }
+            }
             mine[1] += sum_of(sum);
         }
         for (int64_t c = 0; c < count; ++c) {
@@ -333,29 +333,27 @@ static void decode(const Call& call, int64_t batch, int64_t key_head, int64_t fi
     }
 }
 
-// The parts of all stretches become the results of one group of heads; a sink takes part in the sum alone.
+// The parts of all stretches become the results of one group of heads.
 static void merge(const Call& call, int64_t batch, int64_t key_head, const float* parts, int64_t count, int64_t step,
                   char* scratch) {
     const int64_t value_wide = padded(call.value_dim), floats = part_floats(call), group = call.heads / call.key_heads;
+    const float binary = binary_of(call);
     float* out = reinterpret_cast<float*>(scratch);
     for (int64_t row = 0; row < rows_in_group(call); ++row) {
         const int64_t head = key_head * group + row / call.queries, query = row % call.queries;
-        const float sink = call.sinks ? call.sinks[head] * log2e : -INFINITY;
         const float* mine = parts + row * floats;
-        float top = sink;
+        float top = -INFINITY, total = 0;
         for (int64_t n = 0; n < count; ++n) top = mine[n * step] > top ? mine[n * step] : top;
         const float base = top == -INFINITY ? 0.0f : top;
-        float total = exp2f(sink - base);
         memset(out, 0, sizeof(float) * value_wide);
         for (int64_t n = 0; n < count; ++n) {
-            const float share = exp2f(mine[n * step] - base);
+            const float share = exp2f((mine[n * step] - base) * binary);
             total += mine[n * step + 1] * share;
             for (int64_t d = 0; d < value_wide && share != 0; d += lanes)
                 store(out + d, load(out + d) + load(mine + n * step + 2 + d) * spread(share));
         }
-        const float factor = total == 0 ? 0.0f : 1.0f / total;
+        const float factor = leave_sum(call, head, number_of(call, batch, head, query), top, total);
         for (int64_t d = 0; d < value_wide; d += lanes) store(out + d, load(out + d) * spread(factor));
-        leave_lse(call, (batch * call.heads + head) * call.queries + query, base, total);
         leave_row(call, batch * call.out.batch + head * call.out.head + query * call.out.row, out);
     }
 }

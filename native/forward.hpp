@@ -3,36 +3,28 @@
 //        64 query rows →            for every tile of 64 keys that is not empty:
 //   key  ┌───────────────┐            scores  = K·Qᵀ · scale
 //    ↓   │ Sᵀ  (lanes)   │            hidden  = −inf                  (partial tiles only, by bits)
-//        │               │            base, weights = 2^(score − base), running sum
+//        │               │            base, weights = exp(score − base), running sum
 //        └───────────────┘            Oᵀ      = Oᵀ · shrink + Vᵀ·Pᵀ   (a fresh product, then one addition)
 //
 // The base of a row is not always its maximum: it is raised only when a score stands more than 2^8 above it. Then most
 // tiles rescale nothing, and no weight is larger than 2^8.
 constexpr int tiles_in_group = 32;
 constexpr float slack = 8;
-constexpr float log2e = 1.44269504088896f, ln2 = 0.693147180559945f;
-
-// The running state of 64 rows: the base (a binary logarithm), the sum of the weights, and their sum of values.
-struct State {
-    float *base, *total, *out;
-};
 
 // Two running states of a tile of rows. Tiles are summed in groups, so that a long row is not rounded once for every tile:
 // at 65,536 keys that keeps the relative error below 1e-6. A row of few tiles has one group and is never joined.
 struct Running {
     State whole, group;
+    float binary;
+    bool far = near < 0;
     int64_t active, visited = 0;  // vectors of rows; tiles in this group
     int64_t step = tile;          // from one number of `out` to the next
     bool joined = false;
 
-    // Before any key: nothing, or a sink's weight. The sum of values is not cleared: its first product is stored fresh.
-    void begin(const Call& call, int64_t head, int64_t rows) {
-        active = (rows + lanes - 1) / lanes;
-        const float sink = call.sinks ? call.sinks[head] * log2e : -INFINITY;
-        fill(group, sink, sink == -INFINITY ? 0.0f : 1.0f);
-    }
-    void fill(const State& state, float base, float total) const {
-        for (int64_t n = 0; n < active * lanes; n += lanes) store(state.base + n, spread(base)), store(state.total + n, spread(total));
+    // Before any key. The sum of values is not cleared: its first product is stored fresh.
+    void begin(float with_binary, int64_t rows) {
+        binary = with_binary, active = (rows + lanes - 1) / lanes;
+        group.clear(active);
     }
     void zero(int64_t value_dim) const {
         for (int64_t d = 0; d < value_dim; ++d) memset(group.out + d * step, 0, sizeof(float) * lanes * static_cast<size_t>(active));
@@ -42,7 +34,7 @@ struct Running {
     bool next(int64_t value_dim) {
         if (visited++ < tiles_in_group) return visited == 1;
         join(value_dim);
-        fill(group, -INFINITY, 0);
+        group.clear(active);
         visited = 1;
         return true;
     }
@@ -54,11 +46,10 @@ struct Running {
             return;
         }
         for (int64_t n = 0; n < active * lanes; n += lanes) {
-            const Floats top = larger(load(whole.base + n), load(group.base + n));
-            const Floats base = top == spread(-INFINITY) ? Floats{} : top;
-            const Floats mine = power_of_two(load(whole.base + n) - base), theirs = power_of_two(load(group.base + n) - base);
+            const Floats top = load(group.base + n);
+            const Floats mine = whole.raise(n, top, top > load(whole.base + n), binary, far);
+            const Floats theirs = group.over(n, whole.ground(n), whole.slip(n, binary), binary);
             store(whole.total + n, load(whole.total + n) * mine + load(group.total + n) * theirs);
-            store(whole.base + n, top);
             for (int64_t d = 0; d < value_dim; ++d) {
                 float* place = whole.out + d * step + n;
                 store(place, load(place) * mine + load(group.out + d * step + n) * theirs);
@@ -72,47 +63,53 @@ struct Running {
     }
 };
 
-// Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
-template <int wide>
-static bool weigh(float* scores, int64_t keys, float binary, const State& state, float* shrink, int64_t step) {
-    Floats top[wide], base[wide], sum[wide];
-    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY), sum[n] = Floats{};
-    for (int64_t key = 0; key < keys; ++key)
-        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
-    Ints raised{};
-    for (int n = 0; n < wide; ++n) {
-        const Floats old = load(state.base + n * lanes), new_top = top[n] * spread(binary);
-        const Ints above = new_top > old + spread(slack);
-        const Floats risen = above ? new_top : old;
-        raised |= above;
-        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, above ? power_of_two(old - base[n]) : spread(1.0f));
-        store(state.base + n * lanes, risen);
-    }
+template <int wide, bool far>
+static inline void weights_over(float* scores, int64_t keys, const Bases<wide, far>& bases, Floats (&sum)[wide], int64_t step) {
+    for (int n = 0; n < wide; ++n) sum[n] = Floats{};
     for (int64_t key = 0; key < keys; ++key)
         for (int n = 0; n < wide; ++n) {
             float* place = scores + key * step + n * lanes;
-            const Floats weight = power_of_two(load(place) * spread(binary) - base[n]);
+            const Floats weight = power_of_two(bases.exponent(load(place), n));
             store(place, weight);
             sum[n] += weight;
         }
+}
+
+// Scores become weights, in place, for `wide` vectors of rows; whether any sum so far has to shrink.
+template <int wide>
+static bool weigh(float* scores, int64_t keys, float binary, const State& state, bool& far, float* shrink, int64_t step) {
+    Floats top[wide], sum[wide];
+    for (int n = 0; n < wide; ++n) top[n] = spread(-INFINITY);
+    for (int64_t key = 0; key < keys; ++key)
+        for (int n = 0; n < wide; ++n) top[n] = larger(load(scores + key * step + n * lanes), top[n]);
+    Ints above[wide], raised{};
+    for (int n = 0; n < wide; ++n) {
+        above[n] = (top[n] - load(state.base + n * lanes)) * spread(binary) > spread(slack);
+        raised |= above[n];
+        store(shrink + n * lanes, spread(1.0f));
+    }
+    const bool any_raised = any(raised);
+    for (int n = 0; n < wide && any_raised; ++n)
+        store(shrink + n * lanes, state.raise(n * lanes, top[n], above[n], binary, far));
+    if (near < 0 || far)
+        weights_over<wide>(scores, keys, Bases<wide, true>(state, binary), sum, step);
+    else
+        weights_over<wide>(scores, keys, Bases<wide, false>(state, binary), sum, step);
     for (int n = 0; n < wide; ++n) {
         float* total = state.total + n * lanes;
         store(total, load(total) * load(shrink + n * lanes) + sum[n]);
     }
-    return any(raised);
+    return any_raised;
 }
 
-static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, float* shrink,
+static bool weigh_all(float* scores, int64_t keys, int64_t active, float binary, const State& state, bool& far, float* shrink,
                       int64_t step = tile) {
     bool raised = false;
     int64_t n = 0;
     for (; n + 4 <= active; n += 4)
-        raised |= weigh<4>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
+        raised |= weigh<4>(scores + n * lanes, keys, binary, state.from(n * lanes), far, shrink + n * lanes, step);
     for (; n < active; ++n)
-        raised |= weigh<1>(scores + n * lanes, keys, binary,
-                           {state.base + n * lanes, state.total + n * lanes, nullptr}, shrink + n * lanes, step);
+        raised |= weigh<1>(scores + n * lanes, keys, binary, state.from(n * lanes), far, shrink + n * lanes, step);
     return raised;
 }
 
@@ -134,7 +131,7 @@ static void guarded_products(const Rows& v, int64_t value_dim, const float* weig
 static int64_t forward_bytes(const Call& call, int64_t tile_rows) {
     // Keys and values as float32, scores, factors, rows on their way out; for each tile of rows: queries, two states.
     const int64_t shared = tile * (padded(call.dim) + padded(call.value_dim) + tile + 1) + lanes * (call.value_dim + lanes);
-    return 4 * (shared + tile_rows * tile * (call.dim + 2 * call.value_dim + 4));
+    return 4 * (shared + tile_rows * tile * (call.dim + 2 * call.value_dim + 6));
 }
 
 static void leave_row(const Call& call, int64_t place, const float* numbers) {
@@ -144,23 +141,10 @@ static void leave_row(const Call& call, int64_t place, const float* numbers) {
         narrow_row(numbers, static_cast<uint16_t*>(call.out.data) + place, call.value_dim, call.dtype == Dtype::bfloat16);
 }
 
-// The log-sum-exp of row number `at` of all.
-static inline void leave_lse(const Call& call, int64_t at, float base, float sum) {
-    const double exact = static_cast<double>(base) * 0.693147180559945309 + log(static_cast<double>(sum));
-    const float rounded = sum == 0 ? -INFINITY : static_cast<float>(exact);
-    call.lse[at] = rounded;
-    if (call.rest) call.rest[at] = rounded - rounded == 0 ? static_cast<float>(exact - rounded) : 0.0f;
-}
-
 // Results of a tile of rows leave: values over their sum, and the log-sum-exp.
 static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_row, int64_t rows, const State& state,
-                  float* factors, float* row_scratch, int64_t step = tile) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const float sum = state.total[row];
-        factors[row] = sum == 0 ? 0.0f : 1.0f / sum;
-        leave_lse(call, (batch * call.heads + head) * call.queries + first_row + row, state.base[row], sum);
-    }
-    for (int64_t row = rows; row < tile; ++row) factors[row] = 0;
+                  float* factors, float* row_scratch, int64_t step = tile, bool few = false) {
+    leave_sums(call, head, number_of(call, batch, head, first_row), state, rows, factors, few);
     const int64_t at = batch * call.out.batch + head * call.out.head + first_row * call.out.row;
     const auto take = [&](int64_t row, const float* numbers) { leave_row(call, at + row * call.out.row, numbers); };
     unlay(state.out, rows, call.value_dim, factors, row_scratch, take, step);
@@ -168,9 +152,8 @@ static void leave(const Call& call, int64_t batch, int64_t head, int64_t first_r
 
 static void forward(const Call& call, const Band& band, char* scratch) {
     const int64_t dim = call.dim, value_dim = call.value_dim, key_head = band.head / (call.heads / call.key_heads);
-    const float sign = call.scale < 0 ? -1.0f : 1.0f, scale = sign * call.scale;
     const bool adjusted = adjusts(call);
-    const float binary = adjusted ? log2e : scale * log2e;  // positive: the maximum may be taken of raw scores
+    const float binary = binary_of(call);
     float* scores = reinterpret_cast<float*>(scratch);
     float* wide_k = scores + tile * tile;
     float* wide_v = wide_k + tile * padded(dim);
@@ -183,10 +166,10 @@ static void forward(const Call& call, const Band& band, char* scratch) {
     for (int64_t r = 0; r < band.count; ++r) {
         const Columns& mine = columns.of[r];
         q[r] = next, next += tile * dim;
-        state[r].whole = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        state[r].group = {next, next + tile, next + 2 * tile}, next += tile * (value_dim + 2);
-        state[r].begin(call, band.head, mine.rows);
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, sign, q[r]);
+        state[r].whole = {next, next + tile, next + 2 * tile, next + 3 * tile}, next += tile * (value_dim + 3);
+        state[r].group = {next, next + tile, next + 2 * tile, next + 3 * tile}, next += tile * (value_dim + 3);
+        state[r].begin(binary, mine.rows);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide_k), mine.rows, dim, q[r]);
     }
     for (int64_t column; (column = columns.next()) >= 0;) {
         const int64_t first_key = column * tile, keys = keys_at(call, band.batch, first_key);
@@ -200,11 +183,11 @@ static void forward(const Call& call, const Band& band, char* scratch) {
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             dot_products(k, keys, q[r], dim, active, scores);
-            if (adjusted) adjust(call, at, scale, active, scores, nullptr);
+            if (adjusted) adjust(call, at, active, scores, nullptr);
             uint64_t seen[tile];
             const bool masked = mine.hides(seen);
             if (masked) hide(scores, seen, keys, active);
-            const bool raised = weigh_all(scores, keys, active, binary, group, shrink);
+            const bool raised = weigh_all(scores, keys, active, binary, group, state[r].far, shrink);
             if (call.threshold) drop(call, at, active, scores);
             if ((masked || call.bias || call.threshold) && !finite(v, keys, value_dim)) {
                 if (first) state[r].zero(value_dim);

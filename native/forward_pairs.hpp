@@ -10,23 +10,22 @@ constexpr int64_t half = 32, columns_at_once = 4;
 constexpr float most_sum = 256;  // of the weights of a row and a tile, or its base is raised
 
 // Pairs of weights for `wide` vectors of rows over their bases, and what they sum to.
-template <int wide>
-static inline void pairs_over(const float* scores, int64_t keys, float binary, const Floats (&base)[wide], Floats (&sum)[wide],
-                              uint32_t* pairs) {
+template <int wide, bool far>
+static inline void pairs_over(const float* scores, int64_t keys, const Bases<wide, far>& bases, Floats (&sum)[wide], uint32_t* pairs) {
     for (int n = 0; n < wide; ++n) sum[n] = Floats{};
     int64_t key = 0;
     for (; key + 2 <= keys; key += 2)
         for (int n = 0; n < wide; ++n) {
             const float* place = scores + key * half + n * lanes;
-            const Floats one = power_of_two<Digits::few>(load(place) * spread(binary) - base[n]);
-            const Floats two = power_of_two<Digits::few>(load(place + half) * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>(bases.exponent(load(place), n));
+            const Floats two = power_of_two<Digits::few>(bases.exponent(load(place + half), n));
             sum[n] += one + two;
             store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, two));
         }
     for (; key < blocks(keys, 32) * 32; key += 2)
         for (int n = 0; n < wide; ++n) {
             const Floats last = key < keys ? load(scores + key * half + n * lanes) : spread(-INFINITY);
-            const Floats one = power_of_two<Digits::few>(last * spread(binary) - base[n]);
+            const Floats one = power_of_two<Digits::few>(bases.exponent(last, n));
             sum[n] += one;
             store(reinterpret_cast<float*>(pairs + key / 2 * half + n * lanes), pair_of(one, Floats{}));
         }
@@ -36,15 +35,20 @@ static inline void pairs_over(const float* scores, int64_t keys, float binary, c
 // with the old ones, and their sums say which rows had a score too far above: only those get their maxima, and all weights
 // are made anew. A row's bits depend on no other row.
 template <int wide>
-static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, float* shrink, uint32_t* pairs) {
-    Floats base[wide], sum[wide];
+static bool weigh_pairs(const float* scores, int64_t keys, float binary, const State& state, bool& far, float* shrink, uint32_t* pairs) {
+    Floats sum[wide];
     Ints wanting[wide], some{}, raised{}, begun{};
     for (int n = 0; n < wide; ++n) {
-        base[n] = load(state.base + n * lanes);
-        wanting[n] = base[n] == spread(-INFINITY);
+        wanting[n] = load(state.base + n * lanes) == spread(-INFINITY);
         begun |= ~wanting[n];
     }
-    if (any(begun)) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
+    const auto weigh = [&] {
+        if (far)
+            pairs_over<wide>(scores, keys, Bases<wide, true>(state, binary), sum, pairs);
+        else
+            pairs_over<wide>(scores, keys, Bases<wide, false>(state, binary), sum, pairs);
+    };
+    if (any(begun)) weigh();
     for (int n = 0; n < wide; ++n) {
         if (any(begun)) wanting[n] |= (sum[n] <= spread(most_sum)) == 0;  // or NaN
         some |= wanting[n];
@@ -53,13 +57,11 @@ static bool weigh_pairs(const float* scores, int64_t keys, float binary, const S
     for (int n = 0; n < wide && !holds; ++n) {
         Floats top = spread(-INFINITY);
         for (int64_t key = 0; key < keys; ++key) top = larger(load(scores + key * half + n * lanes), top);
-        const Floats old = base[n], risen = wanting[n] ? larger(top * spread(binary), old) : old;
-        raised |= risen > old;
-        base[n] = risen == spread(-INFINITY) ? Floats{} : risen;
-        store(shrink + n * lanes, risen > old ? power_of_two(old - base[n]) : spread(1.0f));
-        store(state.base + n * lanes, risen);
+        const Ints above = wanting[n] & (top > load(state.base + n * lanes));
+        raised |= above;
+        store(shrink + n * lanes, state.raise(n * lanes, top, above, binary, far));
     }
-    if (!holds) pairs_over<wide>(scores, keys, binary, base, sum, pairs);
+    if (!holds) weigh();
     for (int n = 0; n < wide; ++n) {
         float* total = state.total + n * lanes;
         store(total, (holds ? load(total) : load(total) * load(shrink + n * lanes)) + sum[n]);
@@ -81,7 +83,7 @@ static int64_t pair_bytes(const Call& call, int64_t tile_rows) {
     const int64_t keys = tile * pair_stride(call.dim) / 2, values = tile * blocks(call.value_dim, 16) * 8;
     const int64_t shared = columns_at_once * (keys + values) + half * tile + half * tile / 2 +
                            tile * (padded(call.value_dim) + 1) + lanes * (call.value_dim + lanes);
-    return 4 * (shared + tile_rows * (keys + 2 * tile * (blocks(call.value_dim, 16) * 16 + 2)));
+    return 4 * (shared + tile_rows * (keys + 2 * tile * (blocks(call.value_dim, 16) * 16 + 3)));
 }
 
 // A few columns made ready: keys in place or padded, values turned.
@@ -106,8 +108,8 @@ struct Visit {
 static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     const int64_t dim = call.dim, value_dim = call.value_dim, value_wide = blocks(value_dim, 16) * 16;
     const int64_t key_head = band.head / (call.heads / call.key_heads);
-    const bool negative = call.scale < 0, adjusted = adjusts(call);
-    const float scale = negative ? -call.scale : call.scale, binary = adjusted ? log2e : scale * log2e;
+    const bool adjusted = adjusts(call);
+    const float binary = binary_of(call);
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const int64_t key_floats = tile * pair_stride(dim) / 2, value_floats = tile * value_wide / 2;
@@ -126,13 +128,13 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     for (int64_t h = 0; h < halves; ++h) {
         columns[h] = ahead.of[h / 2];
         q[h] = reinterpret_cast<uint32_t*>(room(key_floats / 2));
-        state[h].whole = {room(half), room(half), room(half * value_wide)};
-        state[h].group = {room(half), room(half), room(half * value_wide)};
+        state[h].whole = {room(half), room(half), room(half), room(half * value_wide)};
+        state[h].group = {room(half), room(half), room(half), room(half * value_wide)};
         state[h].step = half;
         const int64_t first_row = band.first * tile + h * half, rows = rows_of_half(h);
-        state[h].begin(call, band.head, rows);
+        state[h].begin(binary, rows);
         lay_pairs(pair_rows(call, call.q, band.batch, band.head, first_row, rows, dim, ready[0].key_rows, false), rows, dim,
-                  negative, q[h], half);
+                  q[h], half);
     }
 
     const PairUnit unit;
@@ -182,19 +184,19 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
             Running& running = state[now.h];
             const bool first = running.next(value_wide);
             const State& mine = running.group;
-            if (adjusted) adjust(call, at, scale, active, scores, nullptr, half);
+            if (adjusted) adjust(call, at, active, scores, nullptr, half);
             uint64_t seen[tile];
             const bool masked = now.mine.hides(seen);
             if (masked) hide(scores, seen, keys, active, above, half);
             const bool guarded = (masked || call.bias || call.threshold) && !with.has_finite(value_dim);
             bool raised;
             if (guarded || call.threshold) {
-                raised = weigh_all(scores, keys, active, binary, mine, shrink, half);
+                raised = weigh_all(scores, keys, active, binary, mine, running.far, shrink, half);
                 if (call.threshold) drop(call, at, active, scores, half);
                 pair_up(scores, keys, active, pairs, half);
             } else {
-                raised = active == 2 ? weigh_pairs<2>(scores, keys, binary, mine, shrink, pairs)
-                                     : weigh_pairs<1>(scores, keys, binary, mine, shrink, pairs);
+                raised = active == 2 ? weigh_pairs<2>(scores, keys, binary, mine, running.far, shrink, pairs)
+                                     : weigh_pairs<1>(scores, keys, binary, mine, running.far, shrink, pairs);
             }
             if (guarded) {
                 if (first) running.zero(value_wide);
@@ -215,7 +217,7 @@ static void forward_pairs(const Call& call, const Band& band, char* scratch) {
     }
     for (int64_t h = 0; h < halves; ++h) {
         leave(call, band.batch, band.head, band.first * tile + h * half, rows_of_half(h), state[h].end(value_wide), shrink,
-              row_scratch, half);
+              row_scratch, half, true);
     }
 }
 #endif

@@ -298,24 +298,22 @@ static void gathered_scatter(const float* weights, int64_t rows, const float* a,
     if (row < rows) scatter_rows<1>(weights + row * tile, a + row * wide, to, count, wide);
 }
 
-// Raw scores of one row become binary logarithms of weights; `slopes`: what the cap lets through of a gradient.
-static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Picked& picked, float binary,
-                          float* scores, float* slopes) {
+// Raw scores of one row become those that are weighed; `slopes`: what the cap lets through of a gradient.
+static void adjust_chosen(const Call& call, int64_t batch, int64_t head, int64_t query, const Picked& picked, float* scores,
+                          float* slopes) {
     const bool adjusted = adjusts(call);
     const float* distances = call.distances;
     if (distances) distances += batch * call.distance_batch + head * call.distance_head + call.keys - 1 + query;
-    for (int64_t n = 0; n < picked.count; n += lanes) {
-        Floats score = load(scores + n);
-        if (adjusted) score *= spread(call.scale);
+    for (int64_t n = 0; n < picked.count && adjusted; n += lanes) {
+        Floats score = load(scores + n) * spread(call.scale);
         if (call.softcap != 0) {
             const Floats bent = tangent(score / spread(call.softcap));
             score = spread(call.softcap) * bent;
             if (slopes) store(slopes + n, spread(1.0f) - bent * bent);
         }
-        if (distances)
-            for (int64_t key = n; key < least(n + lanes, picked.count); ++key) score[key - n] += distances[-picked.key[key]];
-        store(scores + n, score * spread(binary));
+        store(scores + n, rounded(score));
     }
+    for (int64_t key = 0; key < picked.count && distances; ++key) scores[key] += distances[-picked.key[key]];
     for (int64_t key = picked.count; key < (picked.count + lanes - 1) / lanes * lanes; ++key) scores[key] = -INFINITY;
 }
 
@@ -375,20 +373,36 @@ struct Gathering {
     }
 };
 
+// The rows of a tile leave, head by head. Of row `row` of query t there are base(t, row), total(t, row) and sums(t, row).
+template <typename Base, typename Total, typename Sums>
+static void leave_gathered(const Call& call, const Band& band, int64_t rows, Base base, Total total, Sums sums) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t first = 0; first < band.count; first += tile) {
+            const int64_t head = band.head * rows + row, query = band.first + first, count = least(tile, band.count - first);
+            float bases[tile], totals[tile]{}, factors[tile];
+            for (int64_t n = 0; n < count; ++n) bases[n] = base(first + n, row), totals[n] = total(first + n, row);
+            leave_sums(call, head, number_of(call, band.batch, head, query), {bases, nullptr, totals, nullptr}, count, factors);
+            for (int64_t n = 0; n < count; ++n) {
+                float* out = sums(first + n, row);
+                for (int64_t d = 0; d < call.value_dim; d += lanes) store(out + d, load(out + d) * spread(factors[n]));
+                leave_row(call, band.batch * call.out.batch + head * call.out.head + (query + n) * call.out.row, out);
+            }
+        }
+}
+
 static void gathered(const Call& call, const Band& band, char* scratch) {
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const Gathering piece(call, band, room);
     const int64_t rows = piece.rows, wide = piece.wide, value_wide = piece.value_wide, stretch = stretch_of(call, false);
-    const float binary = adjusts(call) ? log2e : call.scale * log2e;
+    const float binary = binary_of(call);
     float *q = room(band.count * rows * wide), *out = room(band.count * rows * value_wide);
     float *base = room(band.count * rows), *total = room(band.count * rows * lanes);  // of the keys of each lane
     fetch(call, call.q, band, rows, call.dim, q);
     memset(out, 0, sizeof(float) * static_cast<size_t>(band.count * rows * value_wide));
     for (int64_t n = 0; n < band.count * rows; ++n) {
-        base[n] = call.sinks ? call.sinks[band.head * rows + n % rows] * log2e : -INFINITY;
+        base[n] = -INFINITY;
         store(total + n * lanes, Floats{});
-        total[n * lanes] = base[n] == -INFINITY ? 0.0f : 1.0f;
     }
     Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
@@ -399,21 +413,21 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
                 gathered_dots(q + t * rows * wide, rows, wide, picked.k, picked.count, piece.scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     float *score = piece.scores + row * tile, *sums = out + (t * rows + row) * value_wide;
-                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, picked, binary, score, nullptr);
+                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, picked, score, nullptr);
                     float &mine = base[t * rows + row], *totals = total + (t * rows + row) * lanes;
                     Floats top = spread(-INFINITY), sum{};
                     for (int64_t n = 0; n < picked.count; n += lanes) top = larger(load(score + n), top);
-                    if (any(top > spread(mine + slack))) {
+                    if (any((top - spread(mine)) * spread(binary) > spread(slack))) {
                         float highest = -INFINITY;
                         for (int lane = 0; lane < lanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
-                        const Floats shrink = power_of_two(spread(mine - highest));
+                        const Floats shrink = power_of_two(spread((mine - highest) * binary));
                         store(totals, load(totals) * shrink);
                         for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * shrink);
                         mine = highest;
                     }
                     const Floats ground = spread(mine == -INFINITY ? 0.0f : mine);
                     for (int64_t n = 0; n < picked.count; n += lanes) {
-                        const Floats weight = power_of_two(load(score + n) - ground);
+                        const Floats weight = power_of_two((load(score + n) - ground) * spread(binary));
                         store(score + n, weight);
                         sum += weight;
                     }
@@ -422,112 +436,8 @@ static void gathered(const Call& call, const Band& band, char* scratch) {
                 gathered_mix(piece.scores, rows, picked.v, picked.count, value_wide, out + t * rows * value_wide);
             }
         }
-    for (int64_t n = 0; n < band.count * rows; ++n) {
-        const int64_t head = band.head * rows + n % rows, query = band.first + n / rows;
-        const float whole = sum_of(load(total + n * lanes)), factor = whole == 0 ? 0.0f : 1.0f / whole;
-        float* sums = out + n * value_wide;
-        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
-        leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[n], whole);
-        leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
-    }
-}
-
-// A dot product in the very order of `dots_at`: where one key has all the weight, δ is its product with dO to the bit.
-static float same_dot(const Rows& a, const Rows& b, int64_t n, int64_t dim) {
-    Floats sums[lanes]{};
-    for (int64_t d = 0; d < dim; d += lanes)
-        sums[0] += load_some(a.data + n * a.stride + d, dim - d) * load_some(b.data + n * b.stride + d, dim - d);
-    return sums_of(sums)[0];
-}
-
-// The gradients of a tile of queries. It keeps those of its queries to the end; those of the keys of a stretch it collects
-// by itself, and adds them to what the tiles before it have added, in their order, as backward.hpp does.
-static int64_t collected_keys(const Call& call) { return stretch_of(call, true) * call.chosen.block; }
-
-static int64_t gathered_backward_bytes(const Call& call) {
-    const int64_t height = gathered_height(call), rows = height * shared_rows(call);
-    const int64_t wide = padded(call.dim), value_wide = padded(call.value_dim), keys = collected_keys(call);
-    const int64_t scalars = 3 * shared_rows(call) * ((height + tile - 1) / tile * tile);
-    return 4 * (gathered_floats(call, height) + rows * (2 * wide + value_wide) + scalars +
-                keys * (wide + value_wide) + (keys + 63) / 64 * 16 + 2 * tile * value_wide);
-}
-
-static void gathered_backward(const Gradients& g, const Band& band, int64_t turn, int64_t turns, char* scratch) {
-    const Call& call = g.call;
-    float* next = reinterpret_cast<float*>(scratch);
-    const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
-    const Gathering piece(call, band, room);
-    const int64_t rows = piece.rows, wide = piece.wide, value_wide = piece.value_wide, stretch = stretch_of(call, true);
-    const int64_t key_head = band.head * rows / (call.heads / call.key_heads), padding = (band.count + tile - 1) / tile * tile;
-    const float binary = adjusts(call) ? log2e : call.scale * log2e;
-    float *q = room(band.count * rows * wide), *d_out = room(band.count * rows * value_wide), *dq = room(band.count * rows * wide);
-    float *lse = room(rows * padding), *lse_rest = room(rows * padding), *delta = room(rows * padding);
-    float *wide_a = room(tile * value_wide), *wide_b = room(tile * value_wide);
-    const int64_t most_keys = collected_keys(call);
-    float *dk = room(most_keys * wide), *dv = room(most_keys * value_wide);
-    char* touched = reinterpret_cast<char*>(room((most_keys + 63) / 64 * 16));
-    fetch(call, call.q, band, rows, call.dim, q);
-    fetch(call, g.d_out, band, rows, call.value_dim, d_out);
-    memset(dq, 0, sizeof(float) * static_cast<size_t>(band.count * rows * wide));
-    memset(touched, 0, static_cast<size_t>(most_keys));
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t t = 0; t < band.count; t += tile) {
-            const int64_t head = band.head * rows + row, first = band.first + t, count = least(tile, band.count - t);
-            const int64_t to = row * padding + t, of = (band.batch * call.heads + head) * call.queries + first;
-            const Rows d_rows = rows_of(call, g.d_out, band.batch, head, first, count, call.value_dim, wide_a);
-            const Rows out_rows = rows_of(call, call.out, band.batch, head, first, count, call.value_dim, wide_b);
-            rows_ready(g, of, count, d_rows, out_rows, {nullptr, nullptr, lse + to, lse_rest + to, delta + to, nullptr});
-            for (int64_t n = 0; n < count; ++n) delta[to + n] = same_dot(d_rows, out_rows, n, call.value_dim) - (g.d_lse ? g.d_lse[of + n] : 0);
-        }
-    Turn in_turn{g.passed + (band.batch * call.key_heads + key_head) * turns, turn, 0};
-    Picked picked;
-    for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;) {
-        const int64_t first_key = at * stretch * call.chosen.block, end_key = least(first_key + most_keys, call.keys);
-        for (int64_t t = 0; t < band.count; ++t) {
-            int64_t inside = 0;
-            while (pick_next(call, piece.wishes[t], inside, (at + 1) * stretch, piece.keys, piece.values, picked)) {
-                float *dk_at[tile], *dv_at[tile];
-                for (int64_t n = 0; n < picked.count; ++n) {
-                    const int64_t place = picked.key[n] - first_key;
-                    dk_at[n] = dk + place * wide, dv_at[n] = dv + place * value_wide;
-                    if (touched[place]) continue;
-                    touched[place] = 1;
-                    memset(dk_at[n], 0, sizeof(float) * static_cast<size_t>(wide));
-                    memset(dv_at[n], 0, sizeof(float) * static_cast<size_t>(value_wide));
-                }
-                const float *mine = q + t * rows * wide, *d_mine = d_out + t * rows * value_wide;
-                gathered_dots(mine, rows, wide, picked.k, picked.count, piece.scores);
-                gathered_dots(d_mine, rows, value_wide, picked.v, picked.count, piece.d_scores);
-                for (int64_t row = 0; row < rows; ++row) {
-                    float *score = piece.scores + row * tile, *d_score = piece.d_scores + row * tile, *slopes = piece.slopes;
-                    adjust_chosen(call, band.batch, band.head * rows + row, band.first + t, picked, binary, score, slopes);
-                    const int64_t one = row * padding + t;
-                    for (int64_t n = 0; n < picked.count; n += lanes) {
-                        const Floats weight = power_of_two(load(score + n) - spread(lse[one]) - spread(lse_rest[one]));
-                        Floats change = weight * (load(d_score + n) - spread(delta[one]));
-                        if (call.softcap != 0) change *= load(slopes + n);
-                        store(score + n, weight);
-                        store(d_score + n, change);
-                    }
-                }
-                gathered_mix(piece.d_scores, rows, picked.k, picked.count, wide, dq + t * rows * wide);
-                gathered_scatter(piece.d_scores, rows, mine, dk_at, picked.count, wide);
-                gathered_scatter(piece.scores, rows, d_mine, dv_at, picked.count, value_wide);
-            }
-        }
-        in_turn.come(at);
-        const int64_t place = (band.batch * call.key_heads + key_head) * call.keys;
-        for (int64_t key = first_key; key < end_key; ++key) {
-            const int64_t n = key - first_key;
-            if (!touched[n]) continue;
-            touched[n] = 0;
-            add_rows(g.dk + (place + key) * call.dim, dk + n * wide, 1, call.dim, call.scale);
-            add_rows(g.dv + (place + key) * call.value_dim, dv + n * value_wide, 1, call.value_dim, 1);
-        }
-    }
-    in_turn.end();
-    for (int64_t n = 0; n < band.count * rows; ++n) {
-        const int64_t row = (band.batch * call.heads + band.head * rows + n % rows) * call.queries + band.first + n / rows;
-        add_rows(g.dq + row * call.dim, dq + n * wide, 1, call.dim, call.scale);
-    }
+    leave_gathered(
+        call, band, rows, [&](int64_t t, int64_t row) { return base[t * rows + row]; },
+        [&](int64_t t, int64_t row) { return sum_of(load(total + (t * rows + row) * lanes)); },
+        [&](int64_t t, int64_t row) { return out + (t * rows + row) * value_wide; });
 }

@@ -8,9 +8,21 @@
 
 constexpr int64_t most_gathered_pairs = 16;  // rows of a group
 
+static bool gathers_pairs(const Call& call) {
+    return call.dtype == Dtype::bfloat16 && shared_rows(call) <= most_gathered_pairs;
+}
+static int64_t unit_rows(const Call& call) {
+    int64_t rows = 1;
+    while (rows < shared_rows(call)) rows *= 2;
+    return rows;
+}
+
 // Tiles 0–3: scores of 16 keys each. 4: 16 rows of keys, or of pairs of values. 5: queries. 6: sums of values. 7: weights.
 struct GatherUnit {
-    explicit GatherUnit(int64_t rows) {
+    const int64_t rows;  // 0: left alone
+
+    explicit GatherUnit(int64_t rows) : rows(rows) {
+        if (!rows) return;
         struct __attribute__((packed)) {
             uint8_t palette, start, reserved[14];
             uint16_t bytes[16];
@@ -25,7 +37,9 @@ struct GatherUnit {
         written();
         _tile_loadconfig(&shape);
     }
-    ~GatherUnit() { _tile_release(); }
+    ~GatherUnit() {
+        if (rows) _tile_release();
+    }
 };
 
 // The queries of a tile in pairs: number j of row r of query t at (t · pairs + j) · rows + r.
@@ -138,7 +152,7 @@ static void adjust_picked(const Call& call, const Band& band, int64_t shared, in
     for (int64_t n = 0; n < tile * rows; n += lanes) {
         Floats score = load(scores + n) * spread(call.scale);
         if (call.softcap != 0) score = spread(call.softcap) * tangent(score / spread(call.softcap));
-        store(scores + n, score);
+        store(scores + n, rounded(score));
     }
     for (int64_t row = 0; row < shared && call.distances; ++row) {
         const int64_t head = band.head * shared + row;
@@ -161,7 +175,7 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
     const int64_t shared = piece.rows, pairs = pair_stride(call.dim) / 2, value_wide = pair_stride(call.value_dim);
     const int64_t stretch = stretch_of(call, false);
     const bool adjusted = adjusts(call);
-    const Floats binary = spread(adjusted ? log2e : call.scale * log2e);
+    const float binary = binary_of(call);
     uint32_t* q = reinterpret_cast<uint32_t*>(room(band.count * pairs * rows));
     float *out = room(band.count * rows * value_wide), *base = room(band.count * lanes), *total = room(band.count * lanes);
     float *scores = room(tile * rows), *fresh = room(rows * value_wide);
@@ -170,12 +184,7 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
     uint32_t* woven = reinterpret_cast<uint32_t*>(piece.values.scratch);
     lay_queries(call, band, shared, rows, pairs, q);
     memset(out, 0, sizeof(float) * static_cast<size_t>(band.count * rows * value_wide));
-    for (int64_t t = 0; t < band.count; ++t)
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            const int64_t row = lane % rows;
-            const float sink = call.sinks && row < shared ? call.sinks[band.head * shared + row] * log2e : -INFINITY;
-            base[t * lanes + lane] = sink, total[t * lanes + lane] = sink == -INFINITY || lane >= rows ? 0.0f : 1.0f;
-        }
+    for (int64_t n = 0; n < band.count * lanes; ++n) base[n] = -INFINITY, total[n] = 0;
     const GatherUnit unit(rows);
     Picked picked;
     for (int64_t at; (at = next_stretch(piece.wishes, band.count, stretch)) >= 0;)
@@ -188,17 +197,16 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 if (adjusted) adjust_picked<rows>(call, band, shared, t, picked, scores);
                 float *bases = base + t * lanes, *sums = out + t * rows * value_wide;
                 Floats top = spread(-INFINITY), sum{};
-                for (int64_t n = 0; n < picked.count * rows; n += lanes) store(scores + n, load(scores + n) * binary);
-                for (int64_t n = picked.count * rows; n < tile * rows; ++n) scores[n] = -INFINITY;  // the scale may be negative
+                for (int64_t n = picked.count * rows; n < tile * rows; ++n) scores[n] = -INFINITY;
                 for (int64_t n = 0; n < tile * rows; n += lanes) top = larger(load(scores + n), top);
-                if (any(top > load(bases) + spread(slack))) {
+                if (any((top - load(bases)) * spread(binary) > spread(slack))) {
                     float highest[lanes], shrink[lanes];
                     for (int lane = 0; lane < lanes; ++lane) highest[lane] = bases[lane];
                     for (int lane = 0; lane < lanes; ++lane)
                         if (top[lane] > highest[lane % rows]) highest[lane % rows] = top[lane];
                     for (int lane = 0; lane < lanes; ++lane) {
                         const float mine = highest[lane % rows];
-                        shrink[lane] = mine == bases[lane] ? 1.0f : exp2f(bases[lane] - mine);
+                        shrink[lane] = mine == bases[lane] ? 1.0f : exp2f((bases[lane] - mine) * binary);
                     }
                     for (int lane = 0; lane < lanes; ++lane) bases[lane] = highest[lane % rows];
                     store(total + t * lanes, load(total + t * lanes) * load(shrink));
@@ -208,7 +216,7 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 }
                 const Floats mine = load(bases), ground = mine == spread(-INFINITY) ? Floats{} : mine;
                 for (int64_t n = 0; n < tile * rows; n += lanes) {
-                    const Floats weight = power_of_two(load(scores + n) - ground);
+                    const Floats weight = power_of_two((load(scores + n) - ground) * spread(binary));
                     store(scores + n, weight);
                     sum += weight;
                 }
@@ -231,24 +239,23 @@ static void gathered_rows_of_pairs(const Call& call, const Band& band, char* scr
                 for (int64_t n = 0; n < rows * value_wide; n += lanes) store(sums + n, load(sums + n) + load(fresh + n));
             }
         }
-    for (int64_t n = 0; n < band.count * shared; ++n) {
-        const int64_t t = n / shared, row = n % shared, head = band.head * shared + row, query = band.first + t;
-        float whole = 0;
-        for (int64_t lane = row; lane < lanes; lane += rows) whole += total[t * lanes + lane];
-        const float factor = whole == 0 ? 0.0f : 1.0f / whole;
-        float* sums = out + (t * rows + row) * value_wide;
-        for (int64_t d = 0; d < value_wide; d += lanes) store(sums + d, load(sums + d) * spread(factor));
-        leave_lse(call, (band.batch * call.heads + head) * call.queries + query, base[t * lanes + row], whole);
-        leave_row(call, band.batch * call.out.batch + head * call.out.head + query * call.out.row, sums);
-    }
+    leave_gathered(
+        call, band, shared, [&](int64_t t, int64_t row) { return base[t * lanes + row]; },
+        [&](int64_t t, int64_t row) {
+            float whole = 0;
+            for (int64_t lane = row; lane < lanes; lane += rows) whole += total[t * lanes + lane];
+            return whole;
+        },
+        [&](int64_t t, int64_t row) { return out + (t * rows + row) * value_wide; });
 }
 
 static void gathered_pairs(const Call& call, const Band& band, char* scratch) {
-    const int64_t rows = shared_rows(call);
-    if (rows == 1) return gathered_rows_of_pairs<1>(call, band, scratch);
-    if (rows == 2) return gathered_rows_of_pairs<2>(call, band, scratch);
-    if (rows <= 4) return gathered_rows_of_pairs<4>(call, band, scratch);
-    if (rows <= 8) return gathered_rows_of_pairs<8>(call, band, scratch);
-    gathered_rows_of_pairs<16>(call, band, scratch);
+    switch (unit_rows(call)) {
+        case 1: return gathered_rows_of_pairs<1>(call, band, scratch);
+        case 2: return gathered_rows_of_pairs<2>(call, band, scratch);
+        case 4: return gathered_rows_of_pairs<4>(call, band, scratch);
+        case 8: return gathered_rows_of_pairs<8>(call, band, scratch);
+        default: gathered_rows_of_pairs<16>(call, band, scratch);
+    }
 }
 #endif

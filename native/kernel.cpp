@@ -45,6 +45,7 @@ namespace UNIT {
 #include "products.hpp"
 #include "tiles.hpp"
 #include "scores.hpp"
+#include "bases.hpp"
 #include "pairs.hpp"
 #include "forward.hpp"
 #include "forward_pairs.hpp"
@@ -54,6 +55,7 @@ namespace UNIT {
 #include "decode.hpp"
 #include "gathered.hpp"
 #include "gathered_pairs.hpp"
+#include "gathered_backward.hpp"
 #include "looked.hpp"
 #include "linear_chunk.hpp"
 #include "linear_forward.hpp"
@@ -74,13 +76,13 @@ static void any_forward(const Call& call, const Band& band, char* scratch) {
 }
 static int64_t any_gathered_bytes(const Call& call) {
 #if defined(FOVEATE_AMX)
-    if (call.dtype == Dtype::bfloat16 && shared_rows(call) <= most_gathered_pairs) return gathered_pair_bytes(call);
+    if (gathers_pairs(call)) return gathered_pair_bytes(call);
 #endif
     return gathered_bytes(call);
 }
 static void any_gathered(const Call& call, const Band& band, char* scratch) {
 #if defined(FOVEATE_AMX)
-    if (call.dtype == Dtype::bfloat16 && shared_rows(call) <= most_gathered_pairs) return gathered_pairs(call, band, scratch);
+    if (gathers_pairs(call)) return gathered_pairs(call, band, scratch);
 #endif
     gathered(call, band, scratch);
 }

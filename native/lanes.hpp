@@ -18,10 +18,43 @@ static inline Floats spread(float x) { return x - Floats{}; }  // x − 0 is x, 
 static inline Floats load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 static inline void store(float* p, Floats x) { *reinterpret_cast<Loose*>(p) = x; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // where one is NaN: b
+static inline Floats size_of(Floats x) { return x < Floats{} ? -x : x; }
 static inline Ints bits_of(Floats x) { return reinterpret_cast<Ints&>(x); }
 static inline Floats floats_of(Ints x) { return reinterpret_cast<Floats&>(x); }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// a · b + c in one instruction where there is one, whatever a compiler makes of the code around it; and a product that is
+// not fused with what is added to it. So a score is the same number in every pass.
+#if defined(FOVEATE_AVX512) || defined(FOVEATE_AVX2) || defined(FOVEATE_NEON)
+constexpr bool fuses = true;
+#else
+constexpr bool fuses = false;
+#endif
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(FOVEATE_AVX512)
+    __m512 sum = _mm512_fmadd_ps(reinterpret_cast<__m512&>(a), reinterpret_cast<__m512&>(b), reinterpret_cast<__m512&>(c));
+#elif defined(FOVEATE_AVX2)
+    __m256 sum = _mm256_fmadd_ps(reinterpret_cast<__m256&>(a), reinterpret_cast<__m256&>(b), reinterpret_cast<__m256&>(c));
+#elif defined(FOVEATE_NEON)
+    float32x4_t sum = vfmaq_f32(reinterpret_cast<float32x4_t&>(c), reinterpret_cast<float32x4_t&>(a), reinterpret_cast<float32x4_t&>(b));
+#else
+    Floats sum = a * b + c;
+#endif
+    return reinterpret_cast<Floats&>(sum);
+}
+static inline Floats rounded(Floats x) {
+#if defined(FOVEATE_AVX512)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(FOVEATE_NEON)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
 
 static inline bool any(Ints truth) {
 #if defined(FOVEATE_AVX512)
@@ -108,9 +141,20 @@ static inline Floats power_of_two(Floats x) {
 #endif
 }
 
+// log x = power · ln 2 + what is returned, for a normal x: a series of (m − 1)/(m + 1), where m is within √2 of 1; relative
+// error 1e-7. NaN and infinity are returned.
+static inline Floats logarithm(Floats x, Ints& power) {
+    power = (bits_of(x) - 0x3f3504f3) >> 23;
+    const Floats m = floats_of(bits_of(x) - (power << 23)), s = (m - spread(1.0f)) / (m + spread(1.0f)), z = s * s;
+    Floats y = spread(0.285714286f) + z * spread(0.222222222f);
+    y = spread(0.4f) + z * y;
+    y = spread(0.666666667f) + z * y;
+    return x - x == Floats{} ? (s + s) + s * z * y : x;
+}
+
 // tanh: up to 1 an odd polynomial, beyond it 1 less what is small; relative error 1e-7.
 static inline Floats tangent(Floats x) {
-    const Floats size = x < Floats{} ? -x : x;
+    const Floats size = size_of(x);
     const Floats t = power_of_two<Digits::all>(size * spread(-2.88539008f));
     const Floats far = spread(1.0f) - (t + t) / (spread(1.0f) + t);
     const Floats s = x * x;

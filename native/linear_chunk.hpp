@@ -134,7 +134,7 @@ static inline const float* gate_at(const Gate& gate, int64_t batch, int64_t head
 static inline bool is_reset(const Linear& call, int64_t batch, int64_t step) {
     return call.resets && call.resets[batch * call.reset_batch + step];
 }
-static inline Floats factor_of(Floats decay) { return power_of_two<Digits::all>(decay * spread(log2e)); }
+static inline Floats factor_of(Floats decay) { return power_of_two<Digits::all>(decay * spread(static_cast<float>(log2e))); }
 static inline float beta_of(const Linear& call, const Columnar& at, int64_t step) {
     return call.beta.data ? *gate_at(call.beta, at.batch, at.key_head, step) : 1.0f;
 }

@@ -32,8 +32,7 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
     const Call& call = looked.call;
     const int64_t dim = call.dim, top = looked.top, key_head = band.head / (call.heads / call.key_heads);
     const bool adjusted = adjusts(call);
-    const float sign = !adjusted && call.scale < 0 ? -1.0f : 1.0f;
-    const Floats binary = spread(adjusted ? log2e : sign * call.scale * log2e);
+    const Floats binary = spread(binary_of(call));
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *q = room(tile * dim);
@@ -45,38 +44,33 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
     for (int64_t r = band.first; r < band.first + band.count; ++r) {
         Columns mine = columns_of(call, band.batch, band.head, r);
         const int64_t active = (mine.rows + lanes - 1) / lanes;
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, sign, q);
-        const bool sinks = call.sinks && call.sinks[band.head] != -INFINITY;
-        for (int row = 0; row < tile; ++row) {
-            base[row] = sinks ? call.sinks[band.head] * log2e : -INFINITY;
-            total[row] = sinks, moment[row] = 0;
-        }
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, q);
+        for (int row = 0; row < tile; ++row) base[row] = -INFINITY, total[row] = moment[row] = 0;
         for (int64_t n = 0; n < tile * top; ++n) heaviest[n] = -INFINITY, places[n] = -1;
         for (; !mine.done(); mine.next()) {
             const int64_t first_key = mine.column() * tile, keys = keys_at(call, band.batch, first_key);
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const Rows k = keys_of(call, band.batch, key_head, first_key, keys, wide);
             dot_products(k, keys, q, dim, active, scores);
-            if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
+            if (adjusted) adjust(call, at, active, scores, nullptr);
             uint64_t seen[tile];
             if (mine.hides(seen)) hide(scores, seen, keys, active);
             for (int64_t n = 0; n < active * lanes; n += lanes) {
                 Floats highest = spread(-INFINITY);
                 for (int64_t key = 0; key < keys; ++key) highest = larger(load(scores + key * tile + n), highest);
-                const Floats old = load(base + n), risen = larger(highest * binary, old);
+                const Floats old = load(base + n), risen = larger(highest, old);
                 const Floats ground = risen == spread(-INFINITY) ? Floats{} : risen;
-                const Floats shrink = power_of_two(old - ground);
-                const Floats shift = old == spread(-INFINITY) ? Floats{} : old - ground;
+                const Floats shift = (old - ground) * binary, shrink = power_of_two(shift);
                 Floats sum{}, weighted{};
                 for (int64_t key = 0; key < keys; ++key) {
-                    const Floats above = load(scores + key * tile + n) * binary - ground, weight = power_of_two(above);
+                    const Floats above = (load(scores + key * tile + n) - ground) * binary, weight = power_of_two(above);
                     sum += weight;
                     weighted += weight == Floats{} ? Floats{} : weight * above;
                 }
-                const Floats before = load(total + n);
+                const Floats before = load(total + n), moved = (load(moment + n) + before * shift) * shrink;
                 store(base + n, risen);
                 store(total + n, before * shrink + sum);
-                store(moment + n, (load(moment + n) + before * shift) * shrink + weighted);
+                store(moment + n, (shrink == Floats{} ? Floats{} : moved) + weighted);  // as far away as that: 0 · infinity
                 if (!top) continue;
                 float* const kept = heaviest + n * top;
                 const float* const least_kept = kept + (top - 1) * lanes;
@@ -88,27 +82,26 @@ static void rows_looked(const Looked& looked, const Band& band, char* scratch) {
                 }
             }
         }
-        const int64_t out = (band.batch * call.heads + band.head) * call.queries + mine.first_row;
-        const float sink = sinks ? call.sinks[band.head] * log2e : -INFINITY;
+        const int64_t out = number_of(call, band.batch, band.head, mine.first_row);
+        const Endings ends(call, band.head, {base, nullptr, total, nullptr}, mine.rows);
         for (int64_t row = 0; row < mine.rows; ++row) {
             // All from the base, which is one of the scores, and not from the log-sum-exp, which has been rounded once more.
-            const float sum = total[row], log_sum = log2f(sum), factor = sum == 0 ? 0.0f : 1.0f / sum;
-            call.lse[out + row] = sum == 0 ? -INFINITY : (base[row] + log_sum) * ln2;
+            const float sum = total[row], factor = ends.factor[row], sunk = ends.sunk[row];
+            call.lse[out + row] = ends.lse(row);
             looked.bases[out + row] = sum == 0 ? INFINITY : base[row], looked.factors[out + row] = factor;
-            // Σ −p · log p = log sum − Σ p · (score − base) over the keys; a sink has a share of the sum and no part in this.
-            const float sunk = sinks ? exp2f(sink - base[row]) : 0.0f;
-            const float others = moment[row] - (sunk == 0 ? 0.0f : sunk * (sink - base[row]));
-            looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(((1 - sunk * factor) * log_sum - others * factor) * ln2);
+            // Σ −p · log p = Σ p · (lse − score) over the keys; a sink has a share of the sum and no part in this.
+            const double entropy = (1.0 - sunk) * ends.above[row] - double(factor) * moment[row] * ln2;
+            looked.entropy[out + row] = sum == 0 ? 0.0f : above_zero(static_cast<float>(entropy));
             double kept = 0;
             for (int64_t n = 0; n < top; ++n) {
                 const int64_t place = (out + row) * top + n;
                 const int32_t key = places[entry(row, n)];
-                const float weight = key < 0 ? 0.0f : exp2f(heaviest[entry(row, n)] * binary[0] - base[row]) * factor;
+                const float weight = key < 0 ? 0.0f : exp2f((heaviest[entry(row, n)] - base[row]) * binary[0]) * factor;
                 looked.indices[place] = key, looked.weights[place] = weight;
                 kept += weight;
             }
             const bool all_kept = top && places[entry(row, top - 1)] < 0 && sum == sum;
-            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1 - sunk * factor - kept));
+            looked.rest[out + row] = sum == 0 || all_kept ? 0.0f : above_zero(static_cast<float>(1.0 - sunk - kept));
         }
     }
 }
@@ -118,8 +111,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     const Call& call = looked.call;
     const int64_t dim = call.dim, key_head = band.head / (call.heads / call.key_heads);
     const bool adjusted = adjusts(call);
-    const float sign = !adjusted && call.scale < 0 ? -1.0f : 1.0f;
-    const Floats binary = spread(adjusted ? log2e : sign * call.scale * log2e);
+    const Floats binary = spread(binary_of(call));
     float* next = reinterpret_cast<float*>(scratch);
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     float *scores = room(tile * tile), *wide = room(tile * padded(dim)), *sums = room(tile * lanes);
@@ -130,7 +122,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
     for (int64_t r = 0; r < band.count; ++r) {
         const Columns& mine = columns.of[r];
         q[r] = room(tile * dim);
-        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, sign, q[r]);
+        lay(rows_of(call, call.q, band.batch, band.head, mine.first_row, mine.rows, dim, wide), mine.rows, dim, q[r]);
     }
     Turn in_turn{looked.passed + (band.batch * call.heads + band.head) * turns, turn, 0};
     for (int64_t column; (column = columns.next()) >= 0;) {
@@ -143,7 +135,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
             const Place at{band.batch, band.head, mine.first_row, mine.rows, first_key, keys};
             const int64_t active = (mine.rows + lanes - 1) / lanes;
             dot_products(k, keys, q[r], dim, active, scores);
-            if (adjusted) adjust(call, at, call.scale, active, scores, nullptr);
+            if (adjusted) adjust(call, at, active, scores, nullptr);
             uint64_t seen[tile];
             if (mine.hides(seen)) hide(scores, seen, keys, active);
             for (int64_t row = 0; row < active * lanes; ++row) {
@@ -155,7 +147,7 @@ static void keys_received(const Looked& looked, const Band& band, int64_t turn, 
                 const Floats base = load(bases + n), factor = load(factors + n);
                 for (int64_t key = 0; key < keys; ++key) {
                     const Floats score = load(scores + key * tile + n);
-                    const Floats weight = power_of_two(score * binary - base) * factor;
+                    const Floats weight = power_of_two((score - base) * binary) * factor;
                     // A lane without a row, or whose row sees nothing, gives a key that is NaN no weight either.
                     float* sum = sums + key * lanes;
                     store(sum, load(sum) + (score == spread(-INFINITY) || factor == Floats{} ? Floats{} : weight));

@@ -172,14 +172,13 @@ static PairRows pair_rows(const Call& call, const View& view, int64_t batch, int
 }
 
 // Rows into lanes: pair j of row r becomes out[j · step + r]. A whole number of blocks of rows and pairs can be read.
-static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, bool negative, uint32_t* out, int64_t step = tile) {
-    const Ints sign = Ints{} + (negative ? static_cast<int32_t>(0x80008000u) : 0);
+static void lay_pairs(const PairRows& rows, int64_t count, int64_t dim, uint32_t* out, int64_t step = tile) {
     for (int64_t r = 0; r < blocks(count, 16) * 16; r += 16)
         for (int64_t j = 0; j < blocks(dim, 32); ++j) {
             Floats square[lanes];
             for (int lane = 0; lane < lanes; ++lane) {
                 const float* from = reinterpret_cast<const float*>(rows.data + (r + lane) * rows.stride + j * 32);
-                square[lane] = floats_of(bits_of(load(from)) ^ sign);
+                square[lane] = load(from);
             }
             flip(square);
             for (int lane = 0; lane < lanes; ++lane)

@@ -7,8 +7,8 @@ struct TileScratch {
 };
 
 static int64_t score_gradient_bytes(const Call& call) {
-    const int64_t widest = most(padded(call.dim), padded(call.value_dim));
-    return 4 * (5 * tile * tile + 2 * tile * widest + ready_floats(call));
+    const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);  // a padded row holds pairs too
+    return 4 * (5 * tile * tile + tile * (2 * most(dim, value_dim) + dim + value_dim) + row_floats);
 }
 
 static TileScratch tile_scratch(const Call& call, char* scratch) {
@@ -16,8 +16,47 @@ static TileScratch tile_scratch(const Call& call, char* scratch) {
     const auto room = [&next](int64_t floats) { return next += floats, next - floats; };
     const int64_t widest = most(padded(call.dim), padded(call.value_dim));
     TileScratch found{room(tile * tile), room(tile * tile), room(tile * tile), room(tile * widest), room(tile * widest), {}};
-    found.ready = ready_at(call, next, false);
+    float *q = room(tile * padded(call.dim)), *d_out = room(tile * padded(call.value_dim));
+    found.ready = ready_at(q, d_out, false, room);
     return found;
+}
+
+// A tile of rows as the backward pass left them, and its queries as that pass has them: the scores have to be the same.
+static void rows_again(const Gradients& g, int64_t batch, int64_t head, const Columns& mine, const TileScratch& scratch) {
+    const Call& call = g.call;
+    const int64_t first_row = mine.first_row, rows = mine.rows;
+    const Ready& ready = scratch.ready;
+    const Row* from = g.rows + number_of(call, batch, head, first_row);
+    for (int64_t row = 0; row < tile; ++row) {
+        const Row one = row < rows ? from[row] : Row{INFINITY, 0, 0, 0};
+        ready.base[row] = one.base, ready.above[row] = one.above, ready.moves[row] = one.moves, ready.delta[row] = one.delta;
+    }
+    lay(rows_of(call, g.d_out, batch, head, first_row, rows, call.value_dim, scratch.wide_v), rows, call.value_dim, ready.d_out);
+    for (int64_t row = 0; row < rows; ++row)
+        if (ready.moves[row] == 0) hold_still(ready, row, call.value_dim);
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) {
+        uint16_t* copied = reinterpret_cast<uint16_t*>(scratch.wide_k);
+        return lay_pairs(pair_rows(call, call.q, batch, head, first_row, rows, call.dim, copied, false), rows, call.dim,
+                         reinterpret_cast<uint32_t*>(ready.q));
+    }
+#endif
+    lay(rows_of(call, call.q, batch, head, first_row, rows, call.dim, scratch.wide_k), rows, call.dim, ready.q);
+}
+
+static void scores_again(const Call& call, const Place& at, int64_t key_head, const TileScratch& scratch) {
+    const int64_t active = (at.rows + lanes - 1) / lanes;
+#if defined(FOVEATE_PAIRS)
+    if (call.dtype == Dtype::bfloat16) {
+        const PairUnit unit;
+        const PairRows k = pair_rows(call, call.k, at.batch, key_head, at.first_key, at.keys, call.dim,
+                                     reinterpret_cast<uint16_t*>(scratch.wide_k), call.pages);
+        return pair_products(k.data, blocks(at.keys, 16), k.stride, reinterpret_cast<const uint32_t*>(scratch.ready.q),
+                             blocks(call.dim, 32), active, scratch.weights, false);
+    }
+#endif
+    const Rows k = keys_of(call, at.batch, key_head, at.first_key, at.keys, scratch.wide_k);
+    dot_products(k, at.keys, scratch.ready.q, call.dim, active, scratch.weights);
 }
 
 // The gradients of the scores of one tile, keys by rows; null if the tile is empty.
@@ -25,19 +64,16 @@ static const float* one_tile(const Gradients& g, int64_t batch, int64_t head, in
                              bool same_rows, const TileScratch& scratch) {
     const Call& call = g.call;
     Columns mine = columns_of(call, batch, head, row_tile);
-    if (!same_rows) {
-        make_ready(g, batch, head, mine.first_row, mine.rows, scratch.ready, scratch.wide_k, scratch.wide_v);
-        const float* deltas = g.deltas + (batch * call.heads + head) * call.queries + mine.first_row;
-        memcpy(scratch.ready.delta, deltas, sizeof(float) * static_cast<size_t>(mine.rows));
-    }
+    if (!same_rows) rows_again(g, batch, head, mine, scratch);
     mine.seek(column);
     if (mine.done() || mine.column() != column) return nullptr;
     const int64_t first_key = column * tile, keys = keys_at(call, batch, first_key);
     const int64_t key_head = head / (call.heads / call.key_heads);
     const Place at{batch, head, mine.first_row, mine.rows, first_key, keys};
-    const Rows k = keys_of(call, batch, key_head, first_key, keys, scratch.wide_k);
+    scores_again(call, at, key_head, scratch);
     const Rows v = values_of(call, batch, key_head, first_key, keys, scratch.wide_v);
-    return tile_gradients(g, mine, at, k, v, scratch.ready, scratch.weights, scratch.d_scores, scratch.slopes).scores;
+    dot_products(v, keys, scratch.ready.d_out, call.value_dim, (mine.rows + lanes - 1) / lanes, scratch.d_scores);
+    return through_softmax(call, mine, at, scratch.ready, scratch.weights, scratch.d_scores, scratch.slopes).scores;
 }
 
 // How many owners a bias has: for each of its batch rows and heads, its tiles of rows and of keys.

@@ -10,6 +10,11 @@ struct Rows {
     int64_t stride;
 };
 
+// The place of a row among all rows of a call.
+static inline int64_t number_of(const Call& call, int64_t batch, int64_t head, int64_t row) {
+    return (batch * call.heads + head) * call.queries + row;
+}
+
 // Where row n of one head is, in elements.
 static inline int64_t place_of(const Call& call, const View& view, int64_t batch, int64_t head, int64_t n, bool paged) {
     if (!paged) return batch * view.batch + head * view.head + n * view.row;
@@ -64,15 +69,13 @@ static bool finite(const Rows& rows, int64_t count, int64_t dim) {
     return true;
 }
 
-// Rows into lanes, times a factor: out[d · tile + row]; what lies beyond the last row is 0 up to a whole vector.
-static void lay(const Rows& rows, int64_t count, int64_t dim, float factor, float* out) {
+// Rows into lanes: out[d · tile + row]; what lies beyond the last row is 0 up to a whole vector.
+static void lay(const Rows& rows, int64_t count, int64_t dim, float* out) {
     for (int64_t r = 0; r < count; r += lanes)
         for (int64_t d = 0; d < dim; d += lanes) {
             Floats square[lanes];
             for (int lane = 0; lane < lanes; ++lane)
-                square[lane] = r + lane < count
-                                   ? load_some(rows.data + (r + lane) * rows.stride + d, dim - d) * spread(factor)
-                                   : Floats{};
+                square[lane] = r + lane < count ? load_some(rows.data + (r + lane) * rows.stride + d, dim - d) : Floats{};
             flip(square);
             for (int lane = 0; lane < lanes && d + lane < dim; ++lane) store(out + (d + lane) * tile + r, square[lane]);
         }
@@ -111,13 +114,8 @@ struct Place {
     int64_t batch, head, first_row, rows, first_key, keys;
 };
 
-// A bias may be as low as float32 goes. A score stays above −2^30: a softmax cannot tell it from less, its product with
-// log₂e is exact, and so a row in which all keys are as low still has a log-sum-exp that says how many.
-constexpr float lowest = -1073741824.0f;
-
 // Scaled, capped and biased scores of a tile, for rows in the lanes; `slopes`: what the cap lets through of a gradient.
-static void adjust(const Call& call, const Place& at, float scale, int64_t active, float* scores, float* slopes,
-                   int64_t step = tile) {
+static void adjust(const Call& call, const Place& at, int64_t active, float* scores, float* slopes, int64_t step = tile) {
     const float* distances = call.distances;
     if (distances)
         distances += at.batch * call.distance_batch + at.head * call.distance_head + call.keys - 1 + at.first_row;
@@ -126,16 +124,16 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
     if (bias)
         bias += at.batch * strides[0] + at.head * strides[1] + at.first_row * row_step + at.first_key * key_step;
     for (int64_t n = 0; n < active * lanes; n += lanes) {
-        for (int64_t key = 0; key < at.keys; ++key) {
+        const Floats scale = spread(call.scale), cap = spread(call.softcap);
+        for (int64_t key = 0; key < at.keys && call.softcap != 0; ++key) {
             float* place = scores + key * step + n;
-            Floats score = load(place) * spread(scale);
-            if (call.softcap != 0) {
-                const Floats bent = tangent(score / spread(call.softcap));
-                score = spread(call.softcap) * bent;
-                if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
-            }
-            if (distances) score += load(distances + n - at.first_key - key);
-            store(place, score);
+            const Floats bent = tangent(load(place) * scale / cap);
+            if (slopes) store(slopes + key * step + n, spread(1.0f) - bent * bent);
+            store(place, distances ? fused(cap, bent, load(distances + n - at.first_key - key)) : cap * bent);
+        }
+        for (int64_t key = 0; key < at.keys && call.softcap == 0; ++key) {
+            float* place = scores + key * step + n;
+            store(place, distances ? fused(load(place), scale, load(distances + n - at.first_key - key)) : load(place) * scale);
         }
         if (!bias) continue;
         for (int64_t first = 0; first < at.keys; first += lanes) {
@@ -159,7 +157,7 @@ static void adjust(const Call& call, const Place& at, float scale, int64_t activ
             for (int64_t key = first; key < least(first + lanes, at.keys); ++key) {
                 float* place = scores + key * step + n;
                 const Floats added = square[key - first];  // −inf hides, whatever the score is
-                store(place, added == spread(-INFINITY) ? added : larger(spread(lowest), load(place) + added));
+                store(place, added == spread(-INFINITY) ? added : load(place) + added);
             }
         }
     }
@@ -174,7 +172,11 @@ static void hide(float* scores, const uint64_t* seen, int64_t keys, int64_t acti
         }
 }
 
-static bool adjusts(const Call& call) { return call.softcap != 0 || call.distances || call.bias || call.scale == 0; }
+// Whether scores are changed before they are weighed. If not, a weight is made from the raw product and the scale is part of
+// its exponent, which takes one that is positive and neither 0 nor infinite times log₂e.
+static bool adjusts(const Call& call) {
+    return call.softcap != 0 || call.distances || call.bias || !(call.scale > 1e-30f && call.scale < 1e30f);
+}
 
 // The factor of every weight of four neighbouring keys, for the rows in the lanes from n on: 0 or `boost`.
 static inline void dropped(const Call& call, const Place& at, int64_t key, int64_t n, Floats (&factors)[4]) {

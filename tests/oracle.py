@@ -56,9 +56,10 @@ def same(first: object, second: object) -> bool:
     return first is not None and first == second and first >= 0  # type: ignore[operator]
 
 
-def document(position: int) -> int:
-    """The number of the packed document that covers a position, −1 for none."""
-    return next((n for n, (a, b) in enumerate(pairwise(OFFSETS)) if a <= position < b), -1)
+def document(position: int, keys: int) -> int:
+    """The number of the packed document that covers a position of a text cut to `keys`, −1 for none."""
+    cut = [min(end, keys) for end in OFFSETS]
+    return next((n for n, (a, b) in enumerate(pairwise(cut)) if a <= position < b), -1)
 
 
 def odd_rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -114,10 +115,12 @@ CASES: dict[str, Case] = {
         LENGTH + 1,
     ),
     "documents(offsets)": Case(
-        lambda n, m: fv.documents(cu_seqlens=torch.tensor(OFFSETS, dtype=torch.int32)),
-        lambda b, h, i, q, k, m: same(document(q), document(k)),
+        lambda n, m: fv.documents(cu_seqlens=torch.tensor(OFFSETS, dtype=torch.int32).clamp(max=m)),
+        lambda b, h, i, q, k, m: same(document(q, m), document(k, m)),
     ),
-    "padding(lengths)": Case(lambda n, m: fv.padding(torch.tensor(LENGTHS)), lambda b, h, i, q, k, m: k < LENGTHS[b]),
+    "padding(lengths)": Case(
+        lambda n, m: fv.padding(torch.tensor(LENGTHS).clamp(max=m)), lambda b, h, i, q, k, m: k < LENGTHS[b]
+    ),
     "padding(keep)": Case(lambda n, m: fv.padding(torch.tensor(KEEP)[:, :m]), lambda b, h, i, q, k, m: KEEP[b][k]),
     "global_tokens": Case(lambda n, m: fv.global_tokens([0, 2]), lambda b, h, i, q, k, m: q in (0, 2) or k in (0, 2)),
     "global_tokens(last)": Case(lambda n, m: fv.global_tokens((-1,)), lambda b, h, i, q, k, m: m - 1 in (q, k)),
@@ -144,7 +147,9 @@ CASES: dict[str, Case] = {
     ),
     "rule": Case(lambda n, m: fv.rule(odd_rule), lambda b, h, i, q, k, m: (q * 3 + k * 2 + h + b) % 5 < 2),
     "from_mask 2-D": Case(
-        lambda n, m: fv.from_mask(MASK[1, 1, :n, :m]), lambda b, h, i, q, k, m: bool(MASK[1, 1, i, k])
+        # As many queries as texts: a mask of two dimensions could be of either, so here it says which.
+        lambda n, m: fv.from_mask(MASK[1, 1:2, :n, :m] if n == BATCH else MASK[1, 1, :n, :m]),
+        lambda b, h, i, q, k, m: bool(MASK[1, 1, i, k]),
     ),
     "from_mask heads": Case(
         lambda n, m: fv.from_mask(MASK[:1, :, :n, :m]), lambda b, h, i, q, k, m: bool(MASK[0, h, i, k])

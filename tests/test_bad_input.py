@@ -91,6 +91,13 @@ OPTIONS = {
     "scale that is no number": ({"scale": float("nan")}, ["scale is nan", "finite number"]),
     "scale without end": ({"scale": -float("inf")}, ["scale is -inf", "finite number"]),
     "scale that is a string": ({"scale": "1"}, ["scale is '1'", "dim^-½"]),
+    "scale that is a bool": ({"scale": True}, ["scale is True", "finite number"]),
+    "scale that is a tensor": ({"scale": torch.tensor(0.5)}, ["float32 scalar", "multiply q"]),
+    "dropout that is a bool": ({"dropout": False}, ["dropout is False", "at least 0"]),
+    "dropout that is a tensor": ({"dropout": torch.tensor(0.5)}, ["float32 scalar", ".item()"]),
+    "seed that is a bool": ({"dropout": 0.5, "seed": True}, ["seed is True", "64 bits"]),
+    "start that is a float of nothing": ({"query_start": 0.0}, ["query_start is 0.0", "int"]),
+    "backend that is a list": ({"backend": ["native"]}, ["unknown backend ['native']"]),
     "seed too large": ({"dropout": 0.5, "seed": 2**64}, ["seed", str(2**64)]),
     "unknown backend": ({"backend": "chunkd"}, ["unknown backend 'chunkd'", "did you mean 'chunked'", "reference"]),
     "no backend like it": ({"backend": "xyz"}, ["unknown backend 'xyz'", "sdpa", "flex"]),
@@ -127,9 +134,17 @@ MASKS = {
     "five dimensions": (booleans(1, 1, 1, NQ, NK), ["1×1×1×5×7", "4"]),
     "a float mask": (torch.zeros(NQ, NK), ["float32 5×7", "boolean", "score="]),
     "integers": (integers(NQ, NK), ["int64", "boolean"]),
-    "a string": ("causal", ["str", "pattern"]),
-    "a function": (lambda b, h, i, j: i >= j, ["function", "pattern"]),
-    "the maker": (fv.window, ["function", "pattern"]),
+    "keys by batch": (booleans(B, NK), ["2×7", "broadcast", "padding(mask)"]),
+    "a mask of Hugging Face": (integers(B, NK), ["int64 2×7", "fv.padding(mask)", "boolean"]),
+    "a string": ("causal", ["str", "pattern", "fv.causal"]),
+    "a name that is near": ("sliding_window", ["pattern", "fv.window(w)"]),
+    "yes": (True, ["True", "pattern", "fv.causal"]),
+    "no": (False, ["False", "None"]),
+    "a number": (3, ["int 3", "fv.window(3)"]),
+    "a score": (fv.softcap(2.0), ["Score", "score="]),
+    "a function": (lambda b, h, i, j: i >= j, ["function", "pattern", "fv.rule"]),
+    "the maker": (fv.window, ["function", "pattern", "fv.window(…)"]),
+    "a list of numbers": ([[1, 0], [1, 1]], ["int64 2×2", "boolean"]),
 }
 
 
@@ -150,6 +165,8 @@ MISFITS = {
     "global tokens too short": (fv.global_tokens(booleans(B, NK - 1)), ["global_tokens", "6", "7"]),
     "blocks too small": (fv.blocks(booleans(2, 2), 3), ["blocks", "too small", "3"]),
     "blocks of other heads": (fv.blocks(booleans(HK, 4, 4), 3), ["blocks", "6 heads"]),
+    "offsets past the keys": (fv.documents(cu_seqlens=torch.tensor([0, NK + 1])), ["is 8", "at most the 7", "clamp"]),
+    "lengths past the keys": (fv.padding(torch.tensor([NK, NK + 1])), ["a length of 8", "at most the 7", "clamp"]),
     "deep inside": (fv.causal & ~(fv.chunks(2) | fv.documents(integers(B, 1))), ["documents(<int64 2×1>)", "7"]),
     "inside blockwise": (fv.blockwise(fv.documents(integers(B, 2)), 2), ["documents(<int64 2×2>)", "4"]),
     "elsewhere": (fv.padding(integers(B).to("meta")), ["meta", "cpu", "move"]),
@@ -161,6 +178,13 @@ MISFITS = {
 def test_patterns_whose_tensors_do_not_fit(what):
     pattern, says = MISFITS[what]
     refused(fv.attention, q(), k(), v(), pattern, says=says)
+
+
+def test_a_mask_of_as_many_texts_as_queries_could_mean_two_things():
+    square = q(NQ, HQ, NQ, D), q(NQ, HK, NK, D), q(NQ, HK, NK, DV)
+    says = ["5×7", "could mean [queries, keys] or [batch, keys]", "[None]", "[:, None, None]"]
+    refused(fv.attention, *square, booleans(NQ, NK), says=[*says, "padding(mask)"])
+    refused(fv.attention, *square, score=torch.zeros(NQ, NK), says=says)
 
 
 def test_positions_past_the_ids_are_refused():
@@ -190,7 +214,19 @@ def test_numbers_that_are_no_sizes(what):
 MAKERS = {
     "float ids": (lambda: fv.documents(torch.zeros(B, NK)), ["float32 2×7", "integers"]),
     "ids of three dimensions": (lambda: fv.documents(integers(1, B, NK)), ["int64 1×2×7", "dimension"]),
-    "ids of a list": (lambda: fv.documents([0, 0, 1]), ["list", "integer tensor"]),
+    "ids of a list of lists of two lengths": (lambda: fv.documents([[0], [0, 1]]), ["[[0], [0, 1]]", "integers"]),
+    "ids of floats": (lambda: fv.documents([0.0, 1.0]), ["float32 2", "integers"]),
+    "ids of booleans and numbers": (lambda: fv.documents([True, 1]), ["[True, 1]", "integers"]),
+    "ids of tensors": (lambda: fv.documents([torch.tensor(0)]), ["tensor(0)", "integers"]),
+    "ids of a word": (lambda: fv.documents("abc"), ["str", "integers", "list"]),
+    "offsets that fall": (lambda: fv.documents(cu_seqlens=torch.tensor([0, 5, 3])), ["falls from 5 to 3", "offsets 0"]),
+    "lengths for offsets": (lambda: fv.documents(cu_seqlens=torch.tensor([2, 3, 5])), ["starts at 2", "cumsum"]),
+    "offsets from below": (lambda: fv.documents(cu_seqlens=[-1, 3]), ["starts at -1", "wanted 0, len₁"]),
+    "lengths below zero": (lambda: fv.padding(torch.tensor([3, -1])), ["a length of -1", "at least 0"]),
+    "a mask of weights": (lambda: fv.padding(torch.tensor([[1, 2, 0]])), ["int64 1×3", "0 to 2", "lengths"]),
+    "a float mask of padding": (lambda: fv.padding(torch.ones(1, 3)), ["float32 1×3", "integers 1 and 0", ".bool()"]),
+    "one length": (lambda: fv.padding(3), ["int", "lengths [batch]"]),
+    "a mask of integers": (lambda: fv.from_mask(integers(2, 2)), ["int64 2×2", "boolean", ".bool()"]),
     "no ids": (fv.documents, ["nothing", "cu_seqlens="]),
     "ids twice": (lambda: fv.documents(integers(NK), cu_seqlens=integers(3)), ["also", "one of them"]),
     "float offsets": (lambda: fv.documents(cu_seqlens=torch.zeros(3)), ["float32 3", "integers"]),

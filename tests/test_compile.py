@@ -89,11 +89,11 @@ def test_a_rule_inside_a_graph_is_a_clear_error() -> None:
 def test_the_operators_keep_their_contract() -> None:
     q, k, v = (torch.randn(1, h, n, 4, requires_grad=True) for h, n in ((4, 5), (2, 7), (2, 7)))
     sinks = torch.randn(4, requires_grad=True)
-    arguments = (q, k, v, [], [sinks], None, 2, "causal & window(3)", "sinks(t[0])", 0.5, 0.0, 0, "")
+    arguments = (q, k, v, [], [sinks], None, None, 2, "causal & window(3)", "sinks(t[0])", 0.5, 0.0, 0, "")
     import foveate.softmax.chunked  # noqa: F401 — registers them
 
     torch.library.opcheck(torch.ops.foveate.chunked_forward.default, arguments)
-    other = (q, k, v, [], [], None, 2, "causal & window(3)", "", 0.5, 0.0, 0, "entmax(1.5)")
+    other = (q, k, v, [], [], None, torch.tensor(5), 2, "causal & window(3)", "", 0.5, 0.25, 0, "entmax(1.5)")
     torch.library.opcheck(torch.ops.foveate.chunked_forward.default, other)
 
 
@@ -112,3 +112,36 @@ def test_a_whole_compiled_block_runs() -> None:
     for length in (6, 10):
         x = torch.randn(2, length, 16)
         torch.testing.assert_close(compiled(x), block(x))
+
+
+TRACED = {
+    "causal": lambda: fv.causal,
+    "window": lambda: fv.causal & fv.window(9),
+    "prefix": lambda: fv.prefix(6) | fv.causal,
+    "chunks": lambda: fv.causal & fv.chunks(8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["auto", "native", "chunked", "reference"])
+@pytest.mark.parametrize("what", ["everything", *TRACED, "alibi", "bias of distance", "softcap", "sinks"])
+def test_a_trace_of_one_length_serves_every_other(what: str, backend: str) -> None:
+    """In a trace sizes are tensors, and what is made of them follows the lengths of later calls."""
+    scores = {
+        "alibi": fv.alibi(torch.rand(4)),
+        "bias of distance": fv.relative_bias(torch.randn(7, 4)),
+        "softcap": fv.softcap(3.0),
+        "sinks": fv.sinks(torch.randn(4)),
+    }
+    pattern = None if what == "everything" else TRACED.get(what, lambda: fv.causal)()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fv.attention(q, k, v, pattern, score=scores.get(what), backend=backend)
+
+    def draw(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(2, 4, queries, 16), torch.randn(2, 2, keys, 16), torch.randn(2, 2, keys, 16)
+
+    traced = torch.jit.trace(call, draw(7, 20), check_trace=False)
+    for sizes in ((7, 20), (20, 7), (1, 31), (70, 70), (5, 200)):
+        given = draw(*sizes)
+        torch.testing.assert_close(traced(*given), call(*given))

@@ -171,3 +171,12 @@ def test_the_batch_dimension_is_optional() -> None:
 def test_decoding_in_float64_is_a_call_like_any_other() -> None:
     q, k = torch.randn(1, 4, 1, 512, dtype=torch.float64), torch.randn(1, 1, 4096, 512, dtype=torch.float64)
     assert fv.explain(q, k, k).chosen == "sdpa"
+
+
+def test_autocast_leaves_float64_as_pytorch_does() -> None:
+    q, k, v = _qkv(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fv.attention(q, k, v), fv.weights(q, k, v), fv.linear_attention(q, k, v, causal=False)[0]
+    true = fv.attention(q, k, v), fv.weights(q, k, v), fv.linear_attention(q, k, v, causal=False)[0]
+    for mine, theirs in zip(found, true, strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,9 +1,11 @@
 """Dropout is Philox of (seed, batch, head, query, key) alone: the same everywhere, forward and backward."""
 
+import jaxtyping
 import pytest
 import torch
 from calls import BATCH, DIM, HEADS, KEY_HEADS, gradients, near, tensors
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import foveate as fv
 from foveate.primitives import dropout_mask
@@ -115,3 +117,103 @@ def test_the_gradient_is_that_of_the_same_mask(backend):
     assert gradcheck(
         lambda *x: fv.attention_with_lse(*x, fv.causal, dropout=0.4, seed=2, backend=backend), (q, k, v), fast_mode=True
     )
+
+
+WITHOUT_SEED = ("auto", "native", "chunked", "reference")
+
+
+def dropped(backend):
+    return lambda q: fv.attention(q, q, q, fv.causal, dropout=0.4, backend=backend)
+
+
+@pytest.fixture
+def _no_shape_checks():
+    """The tracer cannot follow the run-time checks of shapes, which only tests switch on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_no_shape_checks")
+@pytest.mark.parametrize("backend", WITHOUT_SEED)
+def test_a_graph_draws_a_seed_at_every_run_and_its_gradient_has_the_same(backend):
+    call = dropped(backend)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    q = torch.randn(2, 3, 70, 8, requires_grad=True)
+    for _ in range(2):
+        results = []
+        for each in (call, compiled):
+            torch.manual_seed(7)
+            out = each(q)
+            results.append((out, *torch.autograd.grad(out.square().sum(), q)))
+        for found, true in zip(*results, strict=True):
+            torch.testing.assert_close(found, true)
+    assert not torch.equal(compiled(q), compiled(q))
+
+
+@pytest.mark.usefixtures("_no_shape_checks")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["export", "trace", "make_fx"])
+@pytest.mark.parametrize("backend", WITHOUT_SEED)
+def test_a_recorded_call_draws_a_seed_at_every_run(backend, how):
+    class Layer(torch.nn.Module):
+        def forward(self, q):
+            return dropped(backend)(q)
+
+    q = torch.randn(2, 3, 70, 8)
+    recorded = {
+        "export": lambda: torch.export.export(Layer(), (q,)).module(),
+        "trace": lambda: torch.jit.trace(Layer(), (q,), check_trace=False),
+        "make_fx": lambda: make_fx(Layer())(q),
+    }[how]()
+    assert not torch.equal(recorded(q), recorded(q))
+
+
+@pytest.mark.parametrize("backend", WITHOUT_SEED)
+def test_dropout_of_tensors_without_data(backend):
+    with torch._subclasses.FakeTensorMode():
+        assert dropped(backend)(torch.randn(2, 3, 70, 8)).shape == (2, 3, 70, 8)
+    with torch.device("meta"):
+        assert dropped(backend)(torch.randn(2, 3, 70, 8)).is_meta
+        assert not dropped(backend)(torch.randn(2, 3, 70, 8, device="cpu")).is_meta
+
+
+@pytest.mark.usefixtures("_no_shape_checks")
+@pytest.mark.parametrize("layer", ["SelfAttention", "Encoder"])
+def test_layers_with_dropout_compile_and_export_whole(layer):
+    make = {
+        "SelfAttention": lambda: fv.nn.SelfAttention(16, 4, dropout=0.3),
+        "Encoder": lambda: fv.nn.Encoder.from_torch(
+            torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.3, batch_first=True), 2)
+        ),
+    }[layer]
+    module, x = make().train(), torch.randn(2, 7, 16)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), compiled(x))
+    exported = torch.export.export(module, (x,)).module()
+    assert not torch.equal(exported(x), exported(x))
+
+
+@pytest.mark.usefixtures("_no_shape_checks")
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [5, -7, 2**40 + 3, 2**63 - 1, -(2**63)])
+def test_the_random_words_are_right_in_a_compiled_graph(seed):
+    """Inductor folds products of 32-bit words into narrower numbers, and divides where a number was shifted."""
+    q = torch.randn(2, 3, 19, 8)
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda q, seed: fv.attention(q, q, q, dropout=0.4, seed=seed, backend="reference"), dynamic=dynamic
+        )
+        torch.testing.assert_close(
+            compiled(q, seed), fv.attention(q, q, q, dropout=0.4, seed=seed, backend="reference")
+        )
+
+
+def test_each_row_of_vmap_draws_its_own_or_all_the_same():
+    q = torch.randn(3, 3, 19, 8)
+    same = torch.vmap(dropped("reference"), randomness="same")(q[:1].expand(4, -1, -1, -1))
+    different = torch.vmap(dropped("reference"), randomness="different")(q[:1].expand(4, -1, -1, -1))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])

@@ -267,7 +267,7 @@ def test_hidden_keys_never_matter(bad):
         (fv.straight_through, {"temperature": 0.0}, "the temperature is 0.0: wanted a positive"),
         (fv.straight_through, {"score": fv.sinks(torch.zeros(HEADS))}, "a sink is none: drop the sinks"),
         (fv.sampled_attention, {"soft_share": 1.5}, "soft_share is 1.5: wanted a share from 0 to 1"),
-        (fv.sampled_attention, {"choices": torch.zeros(3)}, "the choices are <float32 3>: wanted integers"),
+        (fv.sampled_attention, {"choices": torch.zeros(3)}, "choices= is <float32 3>: wanted integers"),
         (fv.sampled_attention, {"choices": torch.full((BATCH, HEADS, QUERIES), KEYS)}, "go from 13 to 13: wanted keys"),
     ],
 )  # fmt: skip

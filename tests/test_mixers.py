@@ -349,7 +349,7 @@ def test_wrong_input_is_said_in_a_sentence() -> None:
         (lambda: layer(x[:2], state), "wanted"),
         (lambda: layer(x, documents=torch.zeros(BATCH, 5, dtype=torch.int64)), "documents"),
         (lambda: layer(x, documents=fv.causal), "documents is causal"),
-        (lambda: ShortConvolution(3)(x), "channels = 3"),
+        (lambda: ShortConvolution(3)(x), r"wanted \[batch, steps, 3\]"),
         (lambda: ShortConvolution(3, 0), "the width is 0"),
         (lambda: DeltaNet(12, 5), "does not divide into 5 heads"),
         (lambda: GatedDeltaNet(12, 4, key_heads=3), "no multiple of 3 key heads"),

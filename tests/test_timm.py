@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 import re
 import sys
 from importlib.util import find_spec
@@ -186,3 +189,16 @@ def test_accelerate_reaches_timm(name: str) -> None:
     learned = {("forward", "the mask needs a gradient"): count}
     assert acceleration.report().pytorch == ({} if name == "vit" else learned)
     assert all(map(torch.equal, results(model, x), before))
+
+
+@pytest.mark.parametrize("key_heads", [None, 2])
+def test_copies_and_files_of_a_model_compute_the_same(key_heads: int | None) -> None:
+    load_timm()
+    pattern = fv.neighborhood(2, SIDE, start=1) | fv.global_tokens([0])
+    model = made(attn_layer=attention(pattern, key_heads=key_heads))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(picture()), model(picture()))
+        assert repr(twin) == repr(model)

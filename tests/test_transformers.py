@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build, left_padded, right_padded
+from families import FAMILIES, GROUPED, build, left_padded, right_padded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils as known
@@ -45,6 +45,101 @@ def test_packed_texts_are_each_alone(name: str, how: str) -> None:
         found = logits(network, **packed)
     assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert all("documents" in repr(call.pattern) for call in seen.calls)
+
+
+HANDED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "gpt2", "opt"]
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("name", HANDED)
+def test_packed_texts_are_each_alone_in_the_call_that_fills_a_cache(name: str, cache: str) -> None:
+    """Two rows, with texts of other lengths each; the positions tell, as long as no mask says that a row is one."""
+    network = build(name)
+    ids = left_padded()["input_ids"]
+    cuts = (7, 4)
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(17 - cut)]) for cut in cuts])
+    more: dict[str, Any] = {"use_cache": cache != "none", "position_ids": positions}
+    if cache == "static":
+        more["past_key_values"] = transformers.StaticCache(config=network.config, max_cache_len=23)
+    with torch.no_grad(), fv.patch(network):
+        alone = torch.cat([
+            torch.cat([logits(network, input_ids=row[None, :cut]), logits(network, input_ids=row[None, cut:])], 1)
+            for row, cut in zip(ids, cuts, strict=True)
+        ])  # fmt: skip
+        found = logits(network, input_ids=ids, **more)
+        whole = logits(network, input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+    assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
+    assert (whole - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def windowed(kind: str, **values: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**GROUPED, **values)
+    torch.manual_seed(3)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("Qwen2Moe", MOE),
+        ("Qwen2Moe", {**MOE, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
+        ("Qwen2", {"use_sliding_window": False, "sliding_window": 5}),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": None}),
+        ("Qwen3", {"use_sliding_window": False, "sliding_window": 0}),
+        ("Mistral", {"sliding_window": None}),
+        ("Phi3", {"sliding_window": 5}),
+        ("SmolLM3", {"sliding_window": 0}),
+        ("SmolLM3", {"sliding_window": -1}),
+        ("Olmo3", {"sliding_window": 1}),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_windows_that_no_layer_uses_hide_nothing(kind: str, values: dict[str, Any], compiled: bool) -> None:
+    """Qwen2-MoE by its defaults makes a mask with a window of 0, and attends by another."""
+    network = windowed(kind, **values)
+    network.set_attn_implementation("eager")
+    kept = left_padded()["attention_mask"].bool()
+    with torch.no_grad():
+        truth = logits(network, **left_padded())[kept]
+        for switch in (fv.patch, fv.watch):
+            torch._dynamo.reset()
+            with switch(network):
+                call = torch.compile(network, backend="eager") if compiled else network
+                assert (logits(call, **left_padded())[kept] - truth).abs().max() <= 1e-5 * truth.abs().max()
+        fv.register()
+        network.set_attn_implementation("foveate")
+        assert (logits(network, **left_padded())[kept] - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("Mistral", {}), ("Qwen2Moe", {**MOE, "use_sliding_window": True}), ("Gemma2", {"head_dim": 8}), ("Phi3", {})],
+)
+def test_a_layer_with_a_window_that_shows_nothing_is_refused(kind: str, values: dict[str, Any], size: int) -> None:
+    network = windowed(kind, **values, sliding_window=size)
+    for cache in (False, True):
+        with (
+            fv.patch(network),
+            pytest.raises(
+                fv.FoveateError,
+                match=f"{kind}Attention has a sliding window of {size}, through which no query sees a key",
+            ),
+        ):
+            network(**left_padded(), use_cache=cache)
+
+
+def test_positions_that_rise_are_one_text() -> None:
+    network = build("llama")
+    ids = left_padded()["input_ids"]
+    with torch.no_grad(), fv.patch(network), fv.watch(network) as seen:
+        for first in (0, 5):
+            network(ids, position_ids=torch.arange(first, first + 17)[None])
+    assert {repr(call.pattern) for call in seen.calls} == {"causal"}
 
 
 def test_images_see_each_other_both_ways() -> None:
@@ -168,10 +263,11 @@ def test_a_compiled_window_stays_a_pattern_and_packed_texts_stay_apart() -> None
         graph = torch.compile(network, backend="eager", fullgraph=True)
         found = logits(graph, input_ids=ids, position_ids=positions, use_cache=False)
     assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
-    from foveate.integrations.transformers.masks import _compiled
+    from foveate.integrations.transformers.masks import Keys, _compiled
 
     plain = {"local_size": 5, "config": network.config, "allow_is_causal_skip": True}
-    assert repr(_compiled(known.sliding_window_causal_mask_function(5), plain)) == "causal & window(5)"
+    keys = Keys(1, 9, 0, "cpu")
+    assert repr(_compiled(known.sliding_window_causal_mask_function(5), keys, plain)) == "causal & window(5)"
 
 
 def test_the_bundled_model_gives_the_same_embeddings_through_a_pipeline() -> None:

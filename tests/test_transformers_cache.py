@@ -58,6 +58,32 @@ def test_it_holds_what_a_dynamic_cache_holds(name: str, known: bool) -> None:
                     assert torch.equal(mine[1], true[1])
 
 
+def test_the_keys_of_an_indexer_have_room_too() -> None:
+    """DeepSeek-V3.2 keeps one more row of keys, by which it chooses among the others."""
+    config, generator = build("deepseek_v32").config, torch.Generator().manual_seed(3)
+    ours, theirs = GrowingCache(config=config), DynamicCache(config=config)
+    places = set()
+
+    def index(tokens: int, batch: int = 2) -> None:
+        put(tokens, batch)(ours)
+        put(tokens, batch)(theirs)
+        new = torch.randn(batch, tokens, 7, generator=generator)
+        assert torch.equal(ours.layers[1].update_indexer(new), theirs.layers[1].update_indexer(new))
+        places.add(ours.layers[1].indexer_keys.data_ptr())
+
+    with torch.no_grad():
+        for tokens in (7, 1, 40, 1, 1, 1):
+            index(tokens)
+        assert len(places) <= 4
+        for operation in (lambda c: c.crop(-3), lambda c: c.crop(-1), lambda c: c.reorder_cache(torch.tensor([1, 1]))):
+            for cache in (ours, theirs):
+                operation(cache)
+            index(2)
+        for cache in (ours, theirs):
+            cache.reset()
+        index(5, batch=1)
+
+
 def test_nothing_is_copied_for_a_token() -> None:
     cache, places = GrowingCache(), set()
     with torch.no_grad():

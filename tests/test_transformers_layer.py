@@ -81,6 +81,12 @@ def test_what_an_indexer_of_blocks_chose_is_refused() -> None:
         attention(torch.nn.Linear(1, 1), q, q, q, None, block_indices=torch.zeros(1, 2, 1))
 
 
+def test_a_window_that_shows_nothing_is_refused_without_a_mask_too() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(fv.FoveateError, match="Module has a sliding window of 0, through which no query sees a key"):
+        attention(torch.nn.Module(), q, q, q, None, sliding_window=0)
+
+
 def test_a_paged_cache_is_refused() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(fv.FoveateError, match="Linear uses a paged cache, which foveate does not take"):

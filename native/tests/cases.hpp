@@ -101,6 +101,12 @@ struct Case {
     std::vector<int32_t> chosen;
     int32_t outside = 0;
     bool wants_bias = false, wants_distances = false;
+    bool keeps = false;  // a backward pass gets what the forward pass kept of its rows
+    // Large scores: numbers of a grid, so that their sums are exact in float32 and the truth is about the same scores.
+    bool large = false;
+    int power = 0;        // of q and k: they are whole numbers times 2^power
+    double offset = 0;    // of everything that is added, in steps of `step`
+    double step = 1;
     Call call{};
 
     Case(Kind kind, uint64_t seed);
@@ -120,9 +126,12 @@ struct Case {
     int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[random() % choices.size()]; }
     bool chance(int percent) { return int(random() % 100) < percent; }
     float normal() { return std::normal_distribution<float>()(random); }
-    void fill(Matrix& matrix, int64_t b, int64_t h, int64_t n) {
-        for (int64_t d = 0; d < matrix.dim; ++d) matrix.set(b, h, n, d, normal());
+    double whole() { return double(random() % 5) - 2; }
+    float added() { return large ? float(offset + step * whole()) : normal(); }
+    void fill(Matrix& matrix, int64_t b, int64_t h, int64_t n, bool scored = false) {
+        for (int64_t d = 0; d < matrix.dim; ++d) matrix.set(b, h, n, d, scored && large ? std::ldexp(whole(), power) : normal());
     }
+    void draw_large();
     void draw_sizes();
     void draw_reach();
     void draw_summary();
@@ -145,11 +154,26 @@ inline Case::Case(Kind kind, uint64_t seed) : random(seed), kind(kind) {
     else
         draw_reach();
     if (gathers()) draw_selection();
+    if (chance(30)) draw_large();
     draw_matrices();
     draw_scores();
     const bool drops = kind == Kind::dropout || (kind == Kind::backward && chance(40));
+    keeps |= drops;  // without, the rounding of an output that dropout scaled counts where one key has all the weight
     if (drops) call.seed = random(), call.threshold = uint64_t(0.3 * 4294967296.0), call.boost = 1 / 0.7f;
     if (kind == Kind::looked) top = pick({1, 3, 8});
+}
+
+// Either what is scored is large, or what is added. Beside the largest that can be added no product would be seen.
+inline void Case::draw_large() {
+    large = true;
+    call.scale = std::ldexp(float(pick({1, 1, -1})), int(pick({-3, -1, 0})));
+    step = chance(50) ? 0.25 : 8;  // within a base's slack, and beyond it
+    power = int(dtype == Dtype::float16 ? pick({0, 3, 13}) : pick({0, 3, 13, 30, 55}));
+    step = std::max(step, std::fabs(std::ldexp(double(call.scale), 2 * power)));
+    if (power) return;
+    const double sizes[] = {-1e5, 98304, -std::ldexp(1, 30), std::ldexp(1, 70), -std::ldexp(1.5, 126)};
+    offset = sizes[random() % 5];
+    if (std::fabs(offset) > 1e6) step = std::ldexp(std::fabs(offset), -16), power = -149;  // every product is 0
 }
 
 inline void Case::draw_sizes() {
@@ -267,10 +291,10 @@ inline void Case::draw_matrices() {
     table.shrink_to_fit();
     for (int64_t b = 0; b < batch; ++b) {
         for (int64_t h = 0; h < heads; ++h)
-            for (int64_t n = 0; n < queries; ++n) fill(*q, b, h, n);
+            for (int64_t n = 0; n < queries; ++n) fill(*q, b, h, n, true);
         for (int64_t h = 0; h < key_heads; ++h)
             for (int64_t n = 0; n < (call.lengths ? std::min(lengths[b], keys) : keys); ++n) {
-                fill(*k, page_of(b, n), h, slot_of(n));
+                fill(*k, page_of(b, n), h, slot_of(n), true);
                 fill(*v, page_of(b, n), h, slot_of(n));
             }
     }
@@ -289,12 +313,13 @@ inline void Case::draw_matrices() {
 }
 
 inline void Case::draw_scores() {
-    if (chance(30)) call.softcap = 2;
+    keeps = gathers() || (large && power > 0) || chance(60);
+    if (!large && chance(30)) call.softcap = 2;
     if (chance(40)) {
         const int64_t length = queries + keys - 1 + tile;
         distance_batches = chance(30) ? batch : 1;
         distances.resize(static_cast<size_t>(distance_batches * heads * length));
-        for (float& each : distances) each = normal();
+        for (float& each : distances) each = added();
         call.distances = distances.data();
         call.distance_batch = distance_batches > 1 ? heads * length : 0, call.distance_head = length;
         wants_distances = !gathers() && chance(70);
@@ -312,12 +337,14 @@ inline void Case::draw_scores() {
             step *= bias_sizes[axis] + (axis == 3 && !turned ? pick({0, 3}) : 0);
         }
         bias.resize(static_cast<size_t>(last + 1));
-        for (float& each : bias) each = chance(5) ? -INFINITY : normal();
+        for (float& each : bias) each = chance(5) ? -INFINITY : added();
         call.bias = bias.data();
         wants_bias = chance(70);
     }
     if (chance(30)) {
-        for (int64_t h = 0; h < heads; ++h) sinks.push_back(chance(20) ? -INFINITY : normal());
+        const double terms = (call.distances ? 1 : 0) + (call.bias ? 1 : 0);
+        for (int64_t h = 0; h < heads; ++h)
+            sinks.push_back(chance(20) ? -INFINITY : large ? float(terms * offset + 4 * step * whole()) : normal());
         sinks.shrink_to_fit();
         call.sinks = sinks.data();
     }
@@ -341,13 +368,15 @@ inline std::string Case::text() const {
     if (call.bias) said += ", bias";
     if (call.sinks) said += ", sinks";
     if (call.threshold) said += ", dropout";
+    if (large) said += ", times 2^" + number(power) + ", plus " + std::to_string(offset) + ", scale " + std::to_string(call.scale);
+    if (differentiates() && !keeps) said += ", nothing kept";
     return said;
 }
 
 // What one run of a call writes, of exactly the right size; what is not added to is NaN before.
 struct Results {
     Matrix out;
-    std::vector<float> lse, dq, dk, dv, d_bias, weights, rest, entropy, received;
+    std::vector<float> lse, kept, dq, dk, dv, d_bias, weights, rest, entropy, received;
     std::vector<double> d_distances;
     std::vector<int64_t> indices;
 
@@ -356,6 +385,7 @@ struct Results {
           lse(static_cast<size_t>(of.batch * of.heads * of.queries), NAN) {
         const auto size = [](int64_t count) { return static_cast<size_t>(count); };
         if (of.differentiates()) {
+            if (of.keeps) kept.resize(4 * lse.size());
             dq.resize(lse.size() * size(of.dim));
             dk.resize(size(of.batch * of.key_heads * of.keys * of.dim));
             dv.resize(size(of.batch * of.key_heads * of.keys * of.value_dim));
@@ -370,10 +400,17 @@ struct Results {
         }
     }
 
-    // The backward pass reads `out` and `lse`, which have to be there.
+    // What the forward pass of this kernel keeps for its backward pass.
+    void keep(const Case& of, const Kernel& kernel, int threads) {
+        Call call = of.call;
+        call.out = out.view(), call.lse = lse.data(), call.rest = kept.empty() ? nullptr : kept.data();
+        forward(call, kernel, threads);
+    }
+
+    // The backward pass reads `out`, `lse` and what was kept, which have to be there.
     void run(const Case& of, const Kernel& kernel, int threads) {
         Call call = of.call;
-        call.out = out.view(), call.lse = lse.data();
+        call.out = out.view(), call.lse = lse.data(), call.rest = kept.empty() ? nullptr : kept.data();
         if (of.differentiates()) {
             Gradients gradients{};
             gradients.call = call, gradients.d_out = of.d_out->view();

@@ -13,16 +13,16 @@ using namespace foveate::tests;
 
 namespace {
 
-// How far a result may be off in each dtype, times the largest true one: its own rounding, and sums in float32. The
-// gradient of a bias that all pairs share is a sum of 100,000 terms of both signs.
+// How far a result may be off in each dtype, times the largest true one, or the largest that goes into it: its own rounding,
+// and sums in float32. The gradient of a bias that all pairs share is a sum of 100,000 terms of both signs.
 constexpr double allowed[] = {4e-6, 1.0 / 128, 1.0 / 1024}, allowed_backward[] = {4e-5, 1.0 / 64, 1.0 / 512};
 
 // The larger one, or NaN if there is one.
 double worse(double a, double b) { return a != a || b != b ? NAN : std::max(a, b); }
 
 template <typename Found>
-double error_of(const std::vector<Found>& found, const std::vector<double>& truth) {
-    double size = 1, worst = 0;
+double error_of(const std::vector<Found>& found, const std::vector<double>& truth, double size = 1) {
+    double worst = 0;
     for (size_t n = 0; n < truth.size(); ++n) {
         const double wanted = truth[n], difference = std::fabs(double(found[n]) - wanted);
         worst = worse(worst, double(found[n]) == wanted ? 0 : difference);  // −inf is equal to itself
@@ -59,8 +59,9 @@ double index_error(const Case& in, const Results& found, const Truth& truth) {
 
 double error_of(const Case& in, const Results& found, const Truth& truth) {
     if (in.differentiates()) {
-        const double inputs = worse(error_of(found.dq, truth.dq),
-                                    worse(error_of(found.dk, truth.dk), error_of(found.dv, truth.dv)));
+        const double size = in.large ? std::max(1.0, std::fabs(std::ldexp(2.0 * in.call.scale, in.power))) : 1;  // of q and k
+        const double inputs = worse(error_of(found.dq, truth.dq, size),
+                                    worse(error_of(found.dk, truth.dk, size), error_of(found.dv, truth.dv)));
         const double bias = in.wants_bias ? error_of(found.d_bias, truth.d_bias) : 0;
         const double distances = in.wants_distances ? error_of(found.d_distances, truth.d_distances) : 0;
         return worse(inputs, worse(bias, distances));
@@ -136,6 +137,7 @@ int main(int count, char** words) {
             for (size_t at = 0; at < here.size(); ++at) {
                 Results found(in, n % 3);
                 if (in.differentiates()) {
+                    found.keep(in, *here[at], 1 + n % 3);
                     for (int64_t b = 0; b < in.batch; ++b)
                         for (int64_t h = 0; h < in.heads; ++h)
                             for (int64_t row = 0; row < in.queries; ++row)

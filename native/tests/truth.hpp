@@ -56,8 +56,8 @@ inline Weights weights_of(const Case& in, int64_t b, int64_t h, int64_t row) {
     double sum = top == -INFINITY ? 0 : std::exp(sink - top);
     for (int64_t key = 0; key < in.keys; ++key)
         if (found.seen[key]) sum += std::exp(found.of[key] - top);
-    if (sum > 0) found.lse = top + std::log(sum), found.sink = std::exp(sink - found.lse);
-    for (int64_t key = 0; key < in.keys; ++key) found.of[key] = found.seen[key] ? std::exp(found.of[key] - found.lse) : 0;
+    if (sum > 0) found.lse = top + std::log(sum), found.sink = std::exp(sink - top) / sum;
+    for (int64_t key = 0; key < in.keys; ++key) found.of[key] = found.seen[key] ? std::exp(found.of[key] - top) / sum : 0;
     return found;
 }
 
@@ -105,11 +105,14 @@ struct Truth {
 
     void differentiate(const Case& in, const Results& given, int64_t b, int64_t h, int64_t row, const Weights& found) {
         const int64_t at = (b * in.heads + h) * in.queries + row, key_head = h / (in.heads / in.key_heads);
-        double delta = in.d_lse.empty() ? 0 : -in.d_lse[at];
+        double delta = in.d_lse.empty() ? 0 : -in.d_lse[at], finer = delta;  // of what is added, without the output's rounding
+        // Where one key has all the weight, the rounding of the output is no gradient of its score.
+        const bool single = std::any_of(found.of.begin(), found.of.end(), [](double weight) { return float(weight) == 1; });
+        const bool moves = !in.keeps || !single;
         std::vector<double> d_out(static_cast<size_t>(in.value_dim));
         for (int64_t d = 0; d < in.value_dim; ++d) {
             d_out[d] = in.d_out->at(b, h, row, d);
-            delta += d_out[d] * given.out.at(b, h, row, d);
+            if (moves) delta += d_out[d] * given.out.at(b, h, row, d), finer += d_out[d] * out[at * in.value_dim + d];
         }
         for (int64_t key = 0; key < in.keys; ++key) {
             if (!found.seen[key]) continue;
@@ -119,16 +122,17 @@ struct Truth {
                 d_weight += d_out[d] * in.v->at(b, key_head, key, d);
                 dv[place * in.value_dim + d] += found.of[key] * found.factor[key] * d_out[d];
             }
-            const double d_score = found.of[key] * (found.factor[key] * d_weight - delta);
+            const double d_given = moves ? found.factor[key] * d_weight : 0;
+            const double d_score = found.of[key] * (d_given - delta), d_added = found.of[key] * (d_given - finer);
             if (!d_distances.empty()) {
                 const int64_t length = in.queries + in.keys - 1 + tile, shared = in.distance_batches > 1 ? b : 0;
-                d_distances[(shared * in.heads + h) * length + in.keys - 1 + row - key] += d_score;
+                d_distances[(shared * in.heads + h) * length + in.keys - 1 + row - key] += d_added;
             }
             if (!in.bias.empty()) {
                 const int64_t index[4] = {b, h, row, key};
                 int64_t entry = 0;
                 for (int n = 0; n < 4; ++n) entry = entry * in.bias_sizes[n] + (in.bias_sizes[n] > 1 ? index[n] : 0);
-                d_bias[entry] += d_score;
+                d_bias[entry] += d_added;
             }
             const double handed_on = d_score * found.slope[key] * in.call.scale;
             for (int64_t d = 0; d < in.dim; ++d) {

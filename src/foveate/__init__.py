@@ -6,6 +6,9 @@ Public names are resolved on first use, so that `import foveate` alone does not 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from foveate.arrival import when_loaded
+from foveate.loading import allow
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -37,20 +40,12 @@ _HOME = {
     "foveate.see.watching": ("watch",),
 }  # fmt: skip
 
+when_loaded("torch", allow)  # else torch.load would refuse a file with a cache in it
+
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _ROOMS = ("models", "nn", "rotary", "selection")  # modules one reaches as an attribute: fv.nn.MultiHeadAttention
 
 __all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"foveate.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:
@@ -120,3 +115,13 @@ if TYPE_CHECKING:
     )
     from foveate.score import Score, alibi, alibi_slopes, bias, relative_bias, sinks, softcap
     from foveate.see.watching import watch
+else:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"foveate.{name}")
+        if name not in _MODULE_OF:
+            raise importlib.import_module("foveate.names").UnknownName("foveate", name)
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value

@@ -15,12 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import by_blocks, group, normalized, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe, whole
+from foveate.values import describe, number, whole
 
 _CPU, _MOST, _GPU = 1 << 20, 1 << 23, 1 << 26  # entries of a rows × keys × dim tensor at once
 
@@ -63,10 +64,8 @@ def local(call: Problem, center: Tensor, width: int, sigma: float | None, vector
     """Attention to the keys at most `width` from a center, which gets its gradient from the Gaussian."""
     _, heads, queries, keys = call.shape
     width = whole(width, "the width", 0)
-    if sigma is None:
-        sigma = width / 2
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not sigma > 0:
-        raise InvalidInput(f"sigma is {sigma!r}: wanted a positive number, math.inf for no Gaussian")
+    wanted = "a positive number, math.inf for no Gaussian"
+    sigma = number(width / 2 if sigma is None else sigma, "sigma", wanted, above=0)
     shapes = [(call.shape[0], some, queries) for some in (heads, 1)]
     if not isinstance(center, Tensor) or not center.dtype.is_floating_point or tuple(center.shape) not in shapes:
         raise InvalidInput(
@@ -128,7 +127,7 @@ def _weights(
 
 def _is_clean(call: Problem) -> bool:
     """Whether it is known that neither q nor k holds a NaN, which saves five passes over k for every block."""
-    if call.q.device.type != "cpu" or torch.compiler.is_compiling() or call.is_transformed:
+    if call.q.device.type != "cpu" or not (is_known(call.q) and is_known(call.k)) or call.is_transformed:
         return False
     return not bool(call.q.isnan().any()) and not bool(call.k.isnan().any())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class KeyValueCache:
         """How many keys the first layer keeps: the position of the next token."""
         return self.layers[0].length
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self.layers, {layer: tuple(map(alone, kept)) for layer, kept in self._context.items()})
+
     def __repr__(self) -> str:
         return f"<KeyValueCache: {len(self)} layers, {self.length} keys>"
 
@@ -94,6 +97,11 @@ class GrowingLayer:
             self._room = k[:, :, :length], v[:, :, :length]
         self.length = length
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._room is None:
+            return GrowingLayer, ()
+        return restored_layer, tuple(alone(x[:, :, : self.length]) for x in self._room)
+
     def _must_not_be_written(self, k: Tensor, v: Tensor) -> bool:
         """Whether a backward pass will read what is kept, or it was made where autograd does not look."""
         kept = (k, v, *(self._room or ()))
@@ -106,3 +114,22 @@ class GrowingLayer:
         room = old.new_empty(batch, heads, total + max(total // 2, 32), dim)
         room[:, :, : self.length] = old[:, :, : self.length]
         return room
+
+
+def alone(x: Tensor) -> Tensor:
+    """A tensor in memory of its own: a file of a view holds all that lies around it."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+
+def restored(layers: list[GrowingLayer], context: dict[int, tuple[Tensor, Tensor]]) -> KeyValueCache:
+    """The cache of a file."""
+    cache = KeyValueCache(len(layers))
+    cache.layers, cache._context = layers, context
+    return cache
+
+
+def restored_layer(k: Tensor, v: Tensor) -> GrowingLayer:
+    """One layer of it."""
+    layer = GrowingLayer()
+    layer.append(k, v)
+    return layer

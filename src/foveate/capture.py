@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import normalized, raw_scores
 from foveate.problem import Problem, accumulator, without_autocast
 from foveate.softmax import native
+from foveate.values import whole
 
 _ENTRIES_AT_ONCE = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -58,12 +60,12 @@ def weights(
 
 def looked(problem: Problem, k: int = 16) -> Looked:
     """The k largest weights of every row, what is left, and what every key received: O(N · k) memory."""
-    if k < 1:
-        raise InvalidInput(f"k is {k}: wanted at least 1")
-    k = min(k, problem.k.shape[2])
+    k = min(whole(k, "k", 1), problem.k.shape[2])
     with torch.no_grad():
         given = replace(problem, dropout=0.0)  # what was looked at, not what training dropped of it
-        return _by_rows_of_weights(given, k) if native.refuses(given) else _by_kernels(given, k)
+        if native.refuses(given) or not is_eager(*given.tensors()):
+            return _by_rows_of_weights(given, k)
+        return _by_kernels(given, k)
 
 
 def _by_kernels(problem: Problem, k: int) -> Looked:
@@ -98,8 +100,8 @@ def _by_rows_of_weights(problem: Problem, k: int) -> Looked:
     watchers = torch.zeros(batch, heads, keys, dtype=torch.int64, device=device)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for part, visible, lse in _by_rows(problem, torch.arange(queries, device=device)):
-        received += part.sum(2)
-        watchers += part.shape[2] if visible is None else visible.sum(2)
+        received = received + part.sum(2)  # not in place: what a subclass adds would be lost
+        watchers = watchers + (part.shape[2] if visible is None else visible.sum(2))
         top = part.topk(k, -1)
         rest = (part.sum(-1) - top.values.sum(-1)).clamp(min=0)
         found.append((top.indices, top.values, rest, lse, torch.special.entr(part).sum(-1)))

@@ -22,10 +22,12 @@ from foveate.naming import Entry, Format, Plan, config_from, config_to, generati
 from foveate.saving import CONFIG, GENERATION, write_folder
 from foveate.tensorfiles import DIFFUSERS, TRANSFORMERS, Stored, Written, listed, read_json, stored_in
 from foveate.values import whole
+from foveate.words import explained
 
 PIPELINE = "model_index.json"  # of a folder of diffusers that has models in folders of its own
 
 
+@explained
 def from_pretrained(
     path_or_id: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
@@ -71,6 +73,7 @@ def from_pretrained(
     return model.eval()
 
 
+@explained
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, shard_size: int = 5 * 10**9) -> None:
     """Writes config.json and safetensors, which Hugging Face and `from_pretrained` read.
 

@@ -94,7 +94,7 @@ def run(
     """Run a script with PyTorch's attention on our kernels; at its end say on standard error what was reached."""
     import runpy
 
-    from foveate.integrations.arrival import once_loaded
+    from foveate.arrival import once_loaded
     from foveate.integrations.torch import accelerate
 
     if not script.exists():

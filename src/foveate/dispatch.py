@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import unknown_name, unsupported
 from foveate.leads import leads
 from foveate.linear_problem import LinearProblem, LinearState
@@ -39,6 +40,7 @@ class Choice:
 
     chosen: str
     refusals: dict[str, list[str]]
+    note: str = ""
 
     def __str__(self) -> str:
         width = max(map(len, self.refusals))
@@ -48,7 +50,7 @@ class Choice:
             lines.append(f"{'→' if name == self.chosen else ' '} {name:<{width}}  {word}")
             if name == self.chosen and name in _NOTES:
                 lines.append(f"  {'':<{width}}  note: {_NOTES[name]}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
 
     __repr__ = __str__
 
@@ -92,26 +94,47 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
         implementation(backend)  # an unknown name is an error of its own
         if refusals[backend]:
             raise unsupported({backend: refusals[backend]})
-        return Choice(backend, refusals)
+        return Choice(backend, refusals, _looks_odd(problem))
     for name in NAMES:
         if not refusals[name]:
             refusals[name] = _automatic(name, problem)
     for name in NAMES:
         if not refusals[name]:
-            return Choice(name, refusals)
+            return Choice(name, refusals, _looks_odd(problem))
     raise unsupported(refusals)
+
+
+def _looks_odd(problem: Problem) -> str:
+    """What is right, and yet is seldom meant: more heads than tokens are rather tokens where heads belong."""
+    _, heads, queries, keys = problem.shape
+    if not heads == problem.k.shape[1] > queries >= keys > 1:
+        return ""
+    return f"q has {heads} heads and {queries} queries; if it is [batch, length, heads, dim], give q.transpose(1, 2)"
 
 
 def dispatch(problem: Problem, backend: str = "auto") -> Result:
     """Tell the observers, then run the first implementation that does not refuse, or the named one."""
-    if not torch.compiler.is_compiling():  # a graph has no one to tell
-        for observer in _OBSERVERS.get():
-            observer(problem)
+    tell(problem)
     chosen = decide(problem, backend)
-    if problem.dropout and problem.seed is None:  # drawn only now that the call will run
-        problem = replace(problem, seed=int(torch.randint(-(2**63), 2**63 - 1, ()).item()))
+    problem = seeded(problem)  # drawn only now that the call will run
     with without_autocast(problem.q.device):
         return chosen.run(problem)
+
+
+def tell(problem: Problem) -> None:
+    """Tell the observers of a problem that will be computed; a graph has no one to tell."""
+    if not torch.compiler.is_compiling():
+        for observer in _OBSERVERS.get():
+            observer(problem)
+
+
+def seeded(problem: Problem) -> Problem:
+    """The problem with a seed, if it needs one and has none."""
+    if not problem.dropout or problem.seed is not None:
+        return problem
+    drawn = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+    # As a tensor where a graph, a trace or a transform has to see it drawn.
+    return replace(problem, seed=int(drawn) if is_eager(problem.q, problem.k, problem.v) else drawn)
 
 
 def decide(problem: Problem, backend: str = "auto") -> Implementation:
@@ -137,6 +160,8 @@ def _first(problem: Problem) -> Implementation:
 
 def _automatic(name: str, problem: Problem) -> list[str]:
     """Why `auto` passes over an implementation that could run."""
+    if torch.onnx.is_in_onnx_export():
+        return [] if name in ("sdpa", "reference") else ["a file of ONNX holds no operator but PyTorch's"]
     if name == "reference":
         return ["holds n×n weights, so it runs only by name"]
     on_cpu = problem.q.device.type == "cpu"

@@ -28,6 +28,7 @@ h // (query heads / key heads).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -45,9 +46,11 @@ from foveate.primitives import merge_states
 from foveate.problem import Problem, problem
 from foveate.rotary import Scaling, angles, check_size, turn
 from foveate.score import Score
-from foveate.values import describe
+from foveate.values import dense, describe, integers
+from foveate.words import Others, explained, lenient, refused
 
 
+@lenient
 def attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -61,6 +64,7 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
     """softmax(scale · q·kᵀ)·v over the keys that `pattern` lets each query see; a query that sees none gets 0.
 
@@ -88,8 +92,10 @@ def attention(
     >>> fv.attention(q, k, v, fv.causal, scale=100.0)[0, 0, 1].round()
     tensor([0., 1., 0.])
     """
+    if others:
+        raise refused(attention, others)
     key = None
-    if score is None and normalizer is None and not dropout and seed is None:
+    if score is None and normalizer is None and seed is None and not dropout and type(dropout) in (float, int):
         key = shortcut.signature(q, k, v, pattern, scale, query_start, backend)
         if key is not None and (out := shortcut.again(key, q, k, v)) is not None:
             return out
@@ -100,6 +106,7 @@ def attention(
     return out if batched else out[0]
 
 
+@lenient
 def attention_with_lse(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -113,18 +120,22 @@ def attention_with_lse(
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str = "auto",
+    **others: Unpack[Others],
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]:
     """`attention`, and the log-sum-exp of every row: natural logarithm, float32 or wider, −inf where no key is seen.
 
     Both are differentiable. The sum includes sinks, so in split work give those to one part only; the 1 of
     softmax_plus_one is one. Every other normalizer has no log-sum-exp and raises `InvalidInput`.
     """
+    if others:
+        raise refused(attention_with_lse, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=True)
     result = dispatch(call, backend)
     assert result.lse is not None
     return (result.out, result.lse) if batched else (result.out[0], result.lse[0])
 
 
+@lenient
 def weights(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -137,6 +148,7 @@ def weights(
     normalizer: Normalizer | None = None,
     rows: Sequence[int] | Tensor | None = None,
     columns: Sequence[int] | Tensor | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads rows columns"]:
     """The exact weights that `attention` gives, for some rows and columns; None means all of them.
 
@@ -150,11 +162,14 @@ def weights(
     >>> fv.weights(q, q, q, fv.causal, rows=[3], columns=[0, 1, 4])
     tensor([[[[0.2500, 0.2500, 0.0000]]]])
     """
+    if others:
+        raise refused(weights, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, normalizer, 0.0, None, needs_lse=False)
     shares = capture.weights(call, rows, columns)
     return shares if batched else shares[0]
 
 
+@lenient
 def explain(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -169,16 +184,20 @@ def explain(
     seed: int | None = None,
     backend: str = "auto",
     with_lse: bool = False,
+    **others: Unpack[Others],
 ) -> Choice:
     """Which implementation `attention` (or, `with_lse`, `attention_with_lse`) would run; nothing is computed.
 
     The answer prints as a table with every reason of every implementation that does not run, and has the fields
     `chosen` and `refusals`.
     """
+    if others:
+        raise refused(explain, others)
     call, _ = _problem(q, k, v, pattern, score, scale, query_start, normalizer, dropout, seed, needs_lse=with_lse)
     return choose(call, backend)
 
 
+@explained
 def merge(
     parts: Sequence[tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]],
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]:
@@ -196,7 +215,7 @@ def merge(
             raise InvalidInput(
                 f"merge was given a {type(pair).__name__} among its parts: wanted a list of (out, lse) pairs"
             )
-        out, lse = pair
+        out, lse = (dense(x, "a part of merge") for x in pair)
         if out.shape != first.shape or out.dtype != first.dtype or out.shape[:-1] != lse.shape:
             raise InvalidInput(
                 f"merge was given out {describe(out)} with lse {describe(lse)} beside out {describe(first)}: "
@@ -205,6 +224,7 @@ def merge(
     return merge_states(pairs)
 
 
+@explained
 def merge_by_gates(
     outs: Sequence[Float[Tensor, "*batch heads queries value_dim"]], gates: Tensor
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
@@ -225,6 +245,7 @@ def merge_by_gates(
     return merging.by_gates(outs, gates)
 
 
+@explained
 def merge_by_rows(
     out: Float[Tensor, "*batch heads queries value_dim"],
     part: Float[Tensor, "*batch heads rows value_dim"],
@@ -245,6 +266,7 @@ def merge_by_rows(
     return merging.by_rows(out, part, rows)
 
 
+@lenient
 def linear_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -260,6 +282,7 @@ def linear_attention(
     documents: Pattern | Tensor | None = None,
     state: LinearState | None = None,
     backend: str = "auto",
+    **others: Unpack[Others],
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], LinearState]:
     """Attention with a state of fixed size instead of a matrix of weights: (out, the state to hand on).
 
@@ -298,6 +321,8 @@ def linear_attention(
     >>> out.flatten(), state.s.shape
     (tensor([1.0000, 1.5000, 1.7500, 1.8750]), torch.Size([1, 1, 1, 1]))
     """
+    if others:
+        raise refused(linear_attention, others)
     key = None
     if causal and not normalize and feature is None and documents is None and state is not None:
         key = linear_steps.signature(q, k, v, decay, beta, state, (delta_rule, scale, backend))
@@ -321,6 +346,7 @@ def linear_attention(
     return out[0], LinearState(last.s[0], None if last.z is None else last.z[0])
 
 
+@lenient
 def paged_attention(
     q: Float[Tensor, "batch heads queries dim"],
     key_pages: Float[Tensor, "pages key_heads page_size dim"],
@@ -332,6 +358,7 @@ def paged_attention(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    **others: Unpack[Others],
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """`attention` over keys and values in pages: key n of batch row b is in page table[b, n // page_size].
 
@@ -354,9 +381,12 @@ def paged_attention(
     >>> torch.allclose(out, fv.attention(q, k, k), atol=1e-6)
     True
     """
+    if others:
+        raise refused(paged_attention, others)
     return paged(q, key_pages, value_pages, table, lengths, pattern, score, scale, backend)
 
 
+@lenient
 def straight_through(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -367,6 +397,7 @@ def straight_through(
     scale: float | None = None,
     query_start: int | Tensor | None = None,
     temperature: float = 1.0,
+    **others: Unpack[Others],
 ) -> Chosen:
     """Hard attention with a gradient: forward the value of the best key, backward softmax(scores / temperature)·v.
 
@@ -380,11 +411,14 @@ def straight_through(
     >>> taken.choices, taken.out.tolist()
     (tensor([[1]]), [[[0.0, 1.0, 0.0]]])
     """
+    if others:
+        raise refused(straight_through, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
     hard.check(call, temperature)
     return _chosen(hard.straight_through(call, temperature, None), batched)
 
 
+@lenient
 def gumbel_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -396,6 +430,7 @@ def gumbel_attention(
     query_start: int | Tensor | None = None,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    **others: Unpack[Others],
 ) -> Chosen:
     """`straight_through` with Gumbel noise on the scores, so that the key is a draw from the softmax weights.
 
@@ -410,11 +445,14 @@ def gumbel_attention(
     >>> 400 < taken.choices.sum() < 600
     tensor(True)
     """
+    if others:
+        raise refused(gumbel_attention, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
     hard.check(call, temperature)
     return _chosen(hard.straight_through(call, temperature, hard.seed_of(generator)), batched)
 
 
+@lenient
 def sampled_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -427,6 +465,7 @@ def sampled_attention(
     choices: Tensor | None = None,
     soft_share: float = 0.0,
     generator: torch.Generator | None = None,
+    **others: Unpack[Others],
 ) -> Chosen:
     """The value of one key for each query, drawn with the softmax weights as probabilities; train by `reinforce_loss`.
 
@@ -442,13 +481,17 @@ def sampled_attention(
     >>> 400 < taken.choices.sum() < 600, taken.log_prob[0, 0].exp()
     (tensor(True), tensor(0.5000))
     """
+    if others:
+        raise refused(sampled_attention, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
     hard.check(call)
-    if isinstance(choices, Tensor) and not batched:
-        choices = choices[None]
+    if choices is not None:
+        choices = integers(choices, "choices=", [2 + batched])
+        choices = choices if batched else choices[None]
     return _chosen(hard.sampled(call, generator, choices, soft_share), batched)
 
 
+@explained
 def reinforce_loss(
     reward: Tensor,
     drawn: Chosen | Sequence[Chosen],
@@ -482,6 +525,7 @@ def reinforce_loss(
     return hard.reinforce(reward, parts, baseline=baseline, weight=weight, entropy_weight=entropy_weight)
 
 
+@lenient
 def additive_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -492,6 +536,7 @@ def additive_attention(
     score: Score | Tensor | None = None,
     query_start: int | Tensor | None = None,
     normalizer: Normalizer | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
     """Attention whose score is a small network: softmax_j(vector · tanh(q_i + k_j))·v, with q and k already projected.
 
@@ -511,12 +556,15 @@ def additive_attention(
     >>> fv.additive_attention(ask(states), key(memory), memory, vector).shape
     torch.Size([2, 1, 3, 6])
     """
+    if others:
+        raise refused(additive_attention, others)
     call, batched = _problem(q, k, v, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
     additive.check_vector(call, vector)
     out = additive.additive(call, vector)
     return out if batched else out[0]
 
 
+@lenient
 def additive_weights(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -526,6 +574,7 @@ def additive_weights(
     score: Score | Tensor | None = None,
     query_start: int | Tensor | None = None,
     normalizer: Normalizer | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries keys"]:
     """The weights that `additive_attention` gives: the alignment of every query, float32 or wider.
 
@@ -534,12 +583,15 @@ def additive_weights(
     >>> fv.additive_weights(torch.zeros(1, 1, 2), torch.tensor([[[9.0, 0.0], [0.0, 0.0]]]), torch.tensor([2.0, 0.0]))
     tensor([[[0.8808, 0.1192]]])
     """
+    if others:
+        raise refused(additive_weights, others)
     call, batched = _problem(q, k, k, pattern, score, 1.0, query_start, normalizer, 0.0, None, needs_lse=False)
     additive.check_vector(call, vector)
     shares = additive.additive_weights(call, vector)
     return shares if batched else shares[0]
 
 
+@lenient
 def local_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -553,6 +605,7 @@ def local_attention(
     score: Score | Tensor | None = None,
     scale: float | None = None,
     query_start: int | Tensor | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
     """Attention to the keys around a position of each query's own, which may be learned: Luong's local-p and local-m.
 
@@ -574,6 +627,8 @@ def local_attention(
     >>> fv.local_attention(q, k, v, torch.tensor([[3.5]]), width=2).mul(100).round()[0, 0].tolist()
     [0.0, 0.0, 8.0, 22.0, 22.0, 8.0, 0.0, 0.0, 0.0]
     """
+    if others:
+        raise refused(local_attention, others)
     call, batched = _problem(q, k, v, pattern, score, scale, query_start, None, 0.0, None, needs_lse=False)
     if vector is not None:
         additive.check_vector(call, vector)
@@ -583,6 +638,7 @@ def local_attention(
     return out if batched else out[0]
 
 
+@lenient
 def linformer_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -592,6 +648,7 @@ def linformer_attention(
     pattern: Pattern | Tensor | None = None,
     *,
     scale: float | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
     """Attention to `size` learned mixtures of the keys: softmax(scale · q·(E·k)ᵀ)·(F·v), in time queries · size.
 
@@ -612,11 +669,14 @@ def linformer_attention(
     >>> fv.linformer_attention(q, k, v, torch.randn(16, 128)).shape
     torch.Size([1, 2, 100, 8])
     """
+    if others:
+        raise refused(linformer_attention, others)
     call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
     out = lowrank.linformer(call, key_projection, value_projection)
     return out if batched else out[0]
 
 
+@lenient
 def nystrom_attention(
     q: Float[Tensor, "*batch heads queries dim"],
     k: Float[Tensor, "*batch key_heads keys dim"],
@@ -627,6 +687,7 @@ def nystrom_attention(
     iterations: int = 6,
     convolution: Tensor | None = None,
     scale: float | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads queries value_dim"]:
     """Softmax attention by Nyström's method, in time (queries + keys) · landmarks.
 
@@ -652,11 +713,14 @@ def nystrom_attention(
     >>> fv.nystrom_attention(q, k, v, landmarks=16, convolution=torch.randn(2, 33)).shape
     torch.Size([1, 2, 100, 8])
     """
+    if others:
+        raise refused(nystrom_attention, others)
     call, batched = _problem(q, k, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
     out = lowrank.nystrom(call, landmarks, iterations, convolution)
     return out if batched else out[0]
 
 
+@lenient
 def lsh_attention(
     qk: Float[Tensor, "*batch heads length dim"],
     v: Float[Tensor, "*batch heads length value_dim"],
@@ -668,6 +732,7 @@ def lsh_attention(
     rotations: Tensor | None = None,
     generator: torch.Generator | None = None,
     scale: float = 1.0,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads length value_dim"]:
     """Reformer's attention: softmax(scale · x_i·x_j/‖x_j‖)·v over the tokens that a hash puts near each other.
 
@@ -696,11 +761,14 @@ def lsh_attention(
     >>> fv.lsh_attention(x, v, fv.causal, chunk=32, rounds=2).shape
     torch.Size([1, 2, 1000, 16])
     """
+    if others:
+        raise refused(lsh_attention, others)
     call, batched = _problem(qk, qk, v, pattern, None, scale, 0, None, 0.0, None, needs_lse=False)
     out = hashing.lsh(call, chunk, hashing.hash_of(call, chunk, buckets, rounds, rotations, generator))
     return out if batched else out[0]
 
 
+@lenient
 def dilated_attention(
     q: Float[Tensor, "*batch heads length dim"],
     k: Float[Tensor, "*batch key_heads length dim"],
@@ -709,6 +777,7 @@ def dilated_attention(
     pattern: Pattern | Tensor | None = None,
     *,
     scale: float | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads length value_dim"]:
     """Attention among the positions i, i ± step, i ± 2·step, …, and of these those that `pattern` names.
 
@@ -727,6 +796,8 @@ def dilated_attention(
     >>> torch.allclose(fv.dilated_attention(q, k, v, 4, fv.window(2)), same, atol=1e-6)
     True
     """
+    if others:
+        raise refused(dilated_attention, others)
     call, batched = _self_problem(q, k, v, scale)
     if isinstance(pattern, Tensor):
         raise InvalidInput(f"the pattern is {describe(pattern)}: wanted one of positions, such as window(64)")
@@ -734,6 +805,7 @@ def dilated_attention(
     return out if batched else out[0]
 
 
+@lenient
 def strided_attention(
     q: Float[Tensor, "*batch heads length dim"],
     k: Float[Tensor, "*batch key_heads length dim"],
@@ -741,6 +813,7 @@ def strided_attention(
     stride: int,
     *,
     scale: float | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads length value_dim"]:
     """`attention(q, k, v, strided(stride))` in time length · (stride + length / stride): least at √length.
 
@@ -756,11 +829,14 @@ def strided_attention(
     >>> torch.allclose(fv.strided_attention(q, k, v, 10), same, atol=1e-6)
     True
     """
+    if others:
+        raise refused(strided_attention, others)
     call, batched = _self_problem(q, k, v, scale)
     out = factorized.strided(call, stride)
     return out if batched else out[0]
 
 
+@lenient
 def fixed_attention(
     q: Float[Tensor, "*batch heads length dim"],
     k: Float[Tensor, "*batch key_heads length dim"],
@@ -769,6 +845,7 @@ def fixed_attention(
     last: int = 1,
     *,
     scale: float | None = None,
+    **others: Unpack[Others],
 ) -> Float[Tensor, "*batch heads length value_dim"]:
     """`attention(q, k, v, fixed(stride, last))` in time length · (stride + last · length / stride).
 
@@ -784,11 +861,14 @@ def fixed_attention(
     >>> torch.allclose(fv.fixed_attention(q, k, v, 10, 2), same, atol=1e-6)
     True
     """
+    if others:
+        raise refused(fixed_attention, others)
     call, batched = _self_problem(q, k, v, scale)
     out = factorized.fixed(call, stride, last)
     return out if batched else out[0]
 
 
+@explained
 def rope(
     x: Float[Tensor, "*batch heads length size"],
     positions: Int[Tensor, " length"] | Int[Tensor, "batch_or_one length"],
@@ -820,7 +900,7 @@ def rope(
     >>> torch.allclose(near, far)
     True
     """
-    dim = x.shape[-1] if dim is None else dim
+    dim = dense(x, "x").shape[-1] if dim is None else dim
     check_size(dim, base)
     return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)
 

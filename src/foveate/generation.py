@@ -52,6 +52,7 @@ def greedy(
     Raises:
         InvalidInput: more tokens than positions, a row that is padded on the right.
     """
+    tokens = integers(tokens, "tokens", (2,))
     _check(tokens, new, keep, positions)
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     over = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
@@ -81,7 +82,7 @@ def greedy(
 
 
 def _check(tokens: Tensor, new: int, keep: Tensor | None, positions: int | None) -> None:
-    if integers(tokens, "tokens", (2,)).shape[1] < 1:
+    if tokens.shape[1] < 1:
         raise InvalidInput(f"tokens are {describe(tokens)}: wanted at least one to start from")
     whole(new, "the number of new tokens", 0)
     if keep is not None:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import dispatch
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.normalizers import hardmax
 from foveate.primitives import Compute, by_blocks, group, gumbel_noise, masked_softmax, raw_scores, ungroup, weigh
 from foveate.problem import Problem, accumulator
 from foveate.score import parse
-from foveate.values import describe
+from foveate.values import describe, integers, number, positive
 
 _SCORES = 1 << 20  # scores at once: a part stays in the cache
 
@@ -49,17 +50,16 @@ def check(call: Problem, temperature: float = 1.0) -> None:
     """Raise `InvalidInput` for what hard attention has no meaning for."""
     if call.score is not None and call.score.sinks is not None:
         raise InvalidInput("hard attention chooses a key, and a sink is none: drop the sinks")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise InvalidInput(f"the temperature is {temperature!r}: wanted a positive, finite number")
+    positive(temperature, "the temperature")
 
 
-def seed_of(generator: torch.Generator | None) -> int:
-    """A seed of 63 bits from a generator, or from torch's default one."""
+def seed_of(generator: torch.Generator | None) -> Tensor:
+    """A seed of 63 bits from a generator, or from torch's default one; a tensor, so that a graph sees it drawn."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device).item())
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)
 
 
-def straight_through(call: Problem, temperature: float, seed: int | None) -> Chosen:
+def straight_through(call: Problem, temperature: float, seed: Tensor | None) -> Chosen:
     """The largest of scores (+ Gumbel noise, if there is a seed) forward, their softmax(· / temperature) backward."""
 
     def compute(batch: slice, rows: slice, held: list[Tensor]) -> tuple[Tensor, ...]:
@@ -83,16 +83,15 @@ def sampled(
     call: Problem, generator: torch.Generator | None, choices: Tensor | None = None, soft_share: float = 0.0
 ) -> Chosen:
     """One key a row, drawn with the weights as probabilities (or given); a share of the batch takes the mean."""
-    if not isinstance(soft_share, int | float) or not 0 <= soft_share <= 1:
-        raise InvalidInput(f"soft_share is {soft_share!r}: wanted a share from 0 to 1")
+    soft_share = number(soft_share, "soft_share", "a share from 0 to 1", least=0, most=1)
     shape = call.shape[:3]
     if choices is None:
         choices = _draw(call, generator)
-    elif choices.shape != shape or choices.dtype.is_floating_point or choices.dtype == torch.bool:
+    elif (choices := integers(choices, "choices=", [2, 3])).shape != shape:
         raise InvalidInput(
             f"the choices are {describe(choices)}: wanted integers [batch, heads, queries] = {list(shape)}"
         )
-    elif choices.numel() and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
+    elif is_known(choices) and not -1 <= int(choices.min()) <= int(choices.max()) < call.shape[3]:
         raise InvalidInput(f"the choices go from {int(choices.min())} to {int(choices.max())}: "
                            f"wanted keys from 0 to {call.shape[3] - 1}, or −1 for none")  # fmt: skip
     soft = None
@@ -113,7 +112,7 @@ def sampled(
         out = out.where((choices >= 0)[..., None], 0)
     else:
         out = call.v.new_zeros(*shape, call.v.shape[3])
-    if soft is not None and bool(soft.any()):
+    if soft is not None and (not is_known(soft) or bool(soft.any())):
         out = torch.where(soft[..., None], dispatch(call).out, out)
     return Chosen(out, choices, log_prob, entropy)
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.positions import Pairs
 from foveate.primitives import masked_softmax, merge_states, raw_scores, weigh
 from foveate.problem import Problem, accumulator, without_autocast
-from foveate.values import describe, floating, whole
+from foveate.values import describe, floating, static_size, whole
 
 _HASHED_AT_ONCE = 1 << 22  # numbers x·R held at once
 _EPS = 1e-6  # of the mean square, as the paper's code has it
@@ -44,7 +45,7 @@ def hash_of(
     whole(chunk, "the chunk of lsh_attention", 1)
     whole(rounds, "the rounds of lsh_attention", 1)
     factors = _default(call.shape[2], chunk) if buckets is None else buckets
-    factors = factors if isinstance(factors, tuple) else (factors,)
+    factors = tuple(factors) if isinstance(factors, tuple | list) else (factors,)
     for factor in factors:
         if whole(factor, "the buckets of lsh_attention", 2) % 2:
             raise InvalidInput(f"the buckets of lsh_attention are {factors}: wanted even numbers, one half being the "
@@ -94,7 +95,7 @@ def lsh(call: Problem, chunk: int, hashed: Hash) -> Tensor:
 
 def _default(length: int, chunk: int) -> tuple[int, ...]:
     """About two chunks' worth of buckets, a power of two; as a product of two where one factor grows large."""
-    power = max((2 * (length // chunk)).bit_length() - 1, 1)
+    power = max((2 * (static_size(length) // chunk)).bit_length() - 1, 1)
     if 2**power <= 2 * chunk or power < 2:
         return (2**power,)
     return 2 ** (power // 2), 2 ** (power - power // 2)
@@ -168,5 +169,5 @@ def _around(chunks: Tensor) -> Tensor:
 
 def _all_finite(*tensors: Tensor) -> bool:
     """Whether nothing has to be kept from spreading, where it costs little to know."""
-    known = all(x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
+    known = all(x.device.type == "cpu" and (is_known(x) or not x.numel()) for x in tensors)
     return known and all(bool(x.isfinite().all()) for x in tensors)

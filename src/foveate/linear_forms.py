@@ -15,10 +15,12 @@ from foveate.functional import linear_attention
 from foveate.linear.features import Favor, elu_plus_one
 from foveate.linear_problem import LinearState
 from foveate.values import describe
+from foveate.words import lenient
 
 Found = tuple[Tensor, LinearState]
 
 
+@lenient
 def elu_linear(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Found:
     """Σ φ(q)·φ(k_j)·v_j / Σ φ(q)·φ(k_j) with φ = elu + 1: weights that need no softmax.
 
@@ -33,6 +35,7 @@ def elu_linear(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Found:
     return linear_attention(q, k, v, feature=elu_plus_one, normalize=True, **options)
 
 
+@lenient
 def performer(q: Tensor, k: Tensor, v: Tensor, feature: Favor, **options: Any) -> Found:
     """softmax(q·kᵀ/√dim)·v on average over the random directions of `feature = fv.favor(dim, features)`.
 
@@ -50,6 +53,7 @@ def performer(q: Tensor, k: Tensor, v: Tensor, feature: Favor, **options: Any) -
     return linear_attention(q, k, v, feature=feature, normalize=True, **options)
 
 
+@lenient
 def retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, **options: Any) -> Found:
     """Σ_{j ≤ t} γ_h^{t−j}·(q_t·k_j)·v_j/√dim: one constant decay a head; None = log(1 − 2^{−5−h}), the paper's.
 
@@ -69,6 +73,7 @@ def retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, **op
     return linear_attention(q, k, v, decay=decay, **options)
 
 
+@lenient
 def gated_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, **options: Any) -> Found:
     """S_t = diag(exp(decay_t))·S_{t−1} + k_t·v_tᵀ with decays by step and channel, `[*batch, key heads, steps, dim]`.
 
@@ -77,6 +82,7 @@ def gated_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, **options: Any)
     return linear_attention(q, k, v, decay=decay, **options)
 
 
+@lenient
 def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> Found:
     """S_t = (I − β_t·k_t·k_tᵀ)·S_{t−1} + β_t·k_t·v_tᵀ: a key replaces what is stored under it; keys of length 1.
 
@@ -92,6 +98,7 @@ def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> Foun
     return linear_attention(q, k, v, beta=beta, delta_rule=True, **options)
 
 
+@lenient
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **options: Any) -> Found:
     """S_t = (I − β_t·k_t·k_tᵀ)·exp(decay_t)·S_{t−1} + β_t·k_t·v_tᵀ with one decay a step, `[*batch, key heads, steps]`.
 
@@ -100,6 +107,7 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **
     return linear_attention(q, k, v, decay=decay, beta=beta, delta_rule=True, **options)
 
 
+@lenient
 def kimi_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **options: Any) -> Found:
     """`gated_delta` with a decay for every channel, `[*batch, key heads, steps, dim]`.
 

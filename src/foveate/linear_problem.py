@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import row_misfit
@@ -21,7 +22,7 @@ from foveate.pattern.packing import Documents, PackedDocuments
 from foveate.pattern.packing import documents as by_ids
 from foveate.positions import Extent
 from foveate.problem import accumulator, autocast, check_tensors, without_autocast
-from foveate.values import describe, floating
+from foveate.values import Integers, describe, floating, is_listed, scale_of
 
 Feature = Callable[[Tensor], Tensor]
 
@@ -111,8 +112,7 @@ def linear_problem(
         )
     if scale is None:
         scale = 1.0 if normalize or not q.shape[3] else 1 / math.sqrt(q.shape[3])  # under a normaliser it cancels
-    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
+    scale = scale_of(scale)
     resets, skipped = _documents(documents, k, causal)
     with without_autocast(q.device):
         if skipped is not None:  # what a skipped position holds never matters, not even to a feature's gradient
@@ -129,16 +129,9 @@ def linear_problem(
         if skipped is not None and beta is not None:
             beta = beta.masked_fill(skipped[:, None, :, None], 0)
     return LinearProblem(
-        q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), float(scale),
+        q, k, v, decay, beta, resets, _state(state, k, v, normalize, wide), scale,
         delta_rule, causal, normalize, skipped, dtype,
     )  # fmt: skip
-
-
-def is_known(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be looked at now: not inside a graph or a transform, nor without data."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _featured(
@@ -219,9 +212,9 @@ def _extremes(x: Tensor) -> tuple[float, float]:
     return low, top
 
 
-def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.device) -> Tensor:
+def step_ids(documents: Pattern | Integers, batch: int, steps: int, device: torch.device) -> Tensor:
     """The document of every step, `[1 or batch, steps]`, negative for none; raises `InvalidInput`."""
-    if isinstance(documents, Tensor):
+    if not isinstance(documents, Pattern) and (isinstance(documents, Tensor) or is_listed(documents)):
         documents = by_ids(documents)
     match documents:
         case Documents(ids=ids):
@@ -230,7 +223,7 @@ def step_ids(documents: Tensor | Pattern, batch: int, steps: int, device: torch.
                 documents, ids, Extent(batch, None, steps, steps, None, device), steps, "steps", exact=True
             )
         case PackedDocuments():
-            ids, reasons = documents.cu_seqlens, []
+            ids, reasons = documents.cu_seqlens, documents.misfits(Extent(batch, None, steps, steps, None, device))
         case _:
             raise InvalidInput(
                 f"documents is {documents!r}: wanted ids [batch, steps], documents(ids) or documents(cu_seqlens=)"

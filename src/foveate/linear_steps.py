@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import linear_chosen
+from foveate.eager import is_eager
 from foveate.linear import native
 from foveate.linear_problem import LinearProblem, LinearState
-from foveate.problem import is_eager
 
 try:
     from foveate import _native
@@ -53,12 +53,14 @@ def signature(
     options: tuple[Hashable, ...],
 ) -> Signature | None:
     """All that checks and choices of this step depend on, the kernel's own aside, or None where they depend on more."""
-    if not is_eager(q, k, v) or k.dim() != 4 or k.shape[2] != 1 or type(state) is not LinearState:
+    if not (isinstance(k, Tensor) and k.dim() == 4 and k.shape[2] == 1) or type(state) is not LinearState:
         return None
-    tensors = [x for x in (q, k, v, state.s, decay, beta) if x is not None]
+    tensors = [q, k, v, state.s, *(x for x in (decay, beta) if x is not None)]
     trains = torch.is_grad_enabled()
-    if state.z is not None or any(
-        type(x) is not Tensor or not x.is_cpu or x.is_meta or (trains and x.requires_grad) for x in tensors
+    if (
+        state.z is not None
+        or not is_eager(*tensors)
+        or any(not x.is_cpu or (trains and x.requires_grad) for x in tensors)
     ):
         return None
     if torch.is_autocast_enabled("cpu"):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.problem import accumulator
-from foveate.values import describe, floating, integers
+from foveate.values import dense, describe, floating, integers
 
 
 def by_gates(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def by_gates(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
     if not parts:
         raise InvalidInput("merge_by_gates was given no outs: wanted at least one")
     for part in parts:
+        if isinstance(part, Tensor):
+            dense(part, "an out of merge_by_gates")
         if not isinstance(part, Tensor) or part.shape != parts[0].shape or part.dtype != parts[0].dtype:
             raise InvalidInput(
                 f"merge_by_gates was given {describe(part)} beside {describe(parts[0])}: wanted one shape and dtype"
@@ -54,7 +57,7 @@ def by_rows(out: Tensor, part: Tensor, rows: Tensor) -> Tensor:
     if index.shape[-1] != count or index.shape[:-1] not in ((), (1,), out.shape[:1]):
         raise InvalidInput(f"the rows are {describe(rows)} for part {describe(part)}: wanted [{count}], or one list "
                            "for each of the batch")  # fmt: skip
-    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < queries:
+    if is_known(index) and not -1 <= int(index.min()) <= int(index.max()) < queries:
         raise InvalidInput(f"the rows go from {int(index.min())} to {int(index.max())}: wanted 0 to {queries - 1}, or "
                            "−1 for none")  # fmt: skip
     # The rows that are none are written to a row behind the last, which is dropped.

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.values import read
+from foveate.values import number, read
+from foveate.words import explained
 
 
 class Normalizer:
     """How scores become weights: a value, given as `normalizer=`; None is softmax."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise InvalidInput(f"{self!r} is a normalizer, and was called as if it made one: write it without parentheses")
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +84,7 @@ class Entmax(Normalizer):
         for _ in range(64):
             step = self._step(x, tau)
             tau = tau + step
-            if not torch.compiler.is_compiling() and not bool((step > torch.finfo(x.dtype).eps).any()):
+            if is_known(step) and not bool((step > torch.finfo(x.dtype).eps).any()):
                 break
         return tau
 
@@ -120,6 +126,7 @@ sparsemax = Entmax(2.0)
 hardmax = Hardmax()
 
 
+@explained
 def entmax(alpha: float = 1.5) -> Normalizer:
     """Sparse weights, from softmax (α → 1) to sparsemax (α = 2): [(α − 1)·s − τ]₊^(1 / (α − 1)).
 
@@ -134,9 +141,8 @@ def entmax(alpha: float = 1.5) -> Normalizer:
     >>> fv.weights(q, k, k, normalizer=fv.entmax(1.5))
     tensor([[[0.8307, 0.1693, 0.0000]]])
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 < alpha <= 2:
-        raise InvalidInput(f"entmax's α is {alpha!r}: wanted more than 1 (which is softmax) and at most 2 (sparsemax)")
-    return Entmax(float(alpha))
+    wanted = "more than 1 (which is softmax) and at most 2 (sparsemax)"
+    return Entmax(number(alpha, "entmax's α", wanted, above=1, most=2))
 
 
 NAMES = {"sigmoid": sigmoid, "sparsemax": sparsemax, "entmax": entmax, "hardmax": hardmax}

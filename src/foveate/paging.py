@@ -15,7 +15,7 @@ from foveate.pattern.packing import padding
 from foveate.problem import Problem, problem
 from foveate.score import Score
 from foveate.softmax import native
-from foveate.values import describe, integers
+from foveate.values import at_hand, dense, describe, integers
 
 
 def paged(
@@ -30,11 +30,14 @@ def paged(
     backend: str,
 ) -> Tensor:
     """`foveate.paged_attention`, which says what it means."""
+    table, lengths = integers(table, "the table", [2]), integers(lengths, "lengths", [1])
     _check(q, key_pages, value_pages, table, lengths)
     if backend not in ("auto", *NAMES):
         raise unknown_name("backend", backend, ("auto", *NAMES))
     pages = native.Pages(key_pages, value_pages, table.long())
     batch, key_heads, dims = q.shape[0], key_pages.shape[1], (key_pages.shape[3], value_pages.shape[3])
+    if at_hand(lengths):
+        pages.check_lengths(lengths)
     # Tensors that only have the right shapes: nothing of that size is allocated.
     k, v = (q.new_empty(1).expand(batch, key_heads, pages.capacity, dim) for dim in dims)
     with torch.no_grad():
@@ -68,6 +71,9 @@ def _together(call: Problem, pages: native.Pages) -> Problem:
 
 def _check(q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Tensor) -> None:
     """One sentence for what is wrong, before anything is read."""
+    for name, x in (("q", q), ("key_pages", key_pages), ("value_pages", value_pages)):
+        if isinstance(x, Tensor):
+            dense(x, name)
     given = f"q is {describe(q)}, key_pages {describe(key_pages)}, value_pages {describe(value_pages)}"
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, key_pages, value_pages)):
         raise InvalidInput(
@@ -79,8 +85,6 @@ def _check(q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, len
         raise InvalidInput(f"{given}: wanted pages of at least one key")
     if not q.dtype == key_pages.dtype == value_pages.dtype or not q.device == key_pages.device == value_pages.device:
         raise InvalidInput(f"{given}: wanted one dtype and one device for all three")
-    integers(table, "the table", [2])
-    integers(lengths, "lengths", [1])
     if table.shape[0] != q.shape[0] or lengths.shape[0] != q.shape[0]:
         raise InvalidInput(
             f"the table is {describe(table)} and lengths {describe(lengths)}: wanted a row and a length for each of "

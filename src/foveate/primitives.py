@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.positions import Pairs
 from foveate.problem import Problem, without_autocast
 
@@ -20,7 +21,7 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     that no gradient of a hidden key is 0 · NaN.
     """
     q_finite, k_finite = q.isfinite(), k.isfinite()
-    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).mT, q)
+    scores = ungroup(group(q.where(q_finite, 0), k) @ k.where(k_finite, 0).transpose(-1, -2), q)
     bad_key = ~k_finite.all(-1).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     return scores.masked_fill(bad_key[:, :, None, :], math.nan).masked_fill(~q_finite.all(-1, keepdim=True), math.nan)
 
@@ -42,7 +43,7 @@ def without_unseen(x: Tensor, seen: Tensor) -> Tensor:
 
     seen is `[batch or 1, query heads or 1, keys or 1]`; a key head is seen if one query head of its group sees it.
     """
-    if seen.device.type == "cpu" and not torch.compiler.is_compiling() and bool(seen.all()):
+    if seen.device.type == "cpu" and is_known(seen) and bool(seen.all()):
         return x
     if seen.shape[1] > 1:
         seen = seen.unflatten(1, (x.shape[1], -1)).any(2)
@@ -158,7 +159,13 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         by_row, by_batch = ctx.counts
-        totals: list[Any] = [torch.zeros_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
+        nothing = sum(
+            torch.zeros_like(x).sum() for x in gradients if x.dtype.is_floating_point
+        )  # batched where they are
+        totals: list[Any] = [
+            torch.zeros_like(x) + torch.as_tensor(nothing).to(x.dtype) if want else None
+            for x, want in zip(tensors, wanted, strict=True)
+        ]
         with without_autocast(tensors[0].device):
             for batch, rows in ctx.places:
                 pieces = _cut(tensors, ctx.counts, batch, rows)
@@ -211,24 +218,28 @@ def merge_states(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     return torch.as_tensor(out).to(dtype), merged
 
 
-def dropout_mask(seed: int, rate: float, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def dropout_mask(seed: int | Tensor, rate: float, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Which weights dropout keeps: those whose number is at least `rate`. The index tensors broadcast."""
     return uniform_words(seed, batch, head, query, key) >= round(rate * 2**32)
 
 
-def gumbel_noise(seed: int, at: Pairs, dtype: torch.dtype) -> Tensor:
+def gumbel_noise(seed: int | Tensor, at: Pairs, dtype: torch.dtype) -> Tensor:
     """−log(−log u), u from Philox of (seed, batch, head, query, key) alone: the same in any order and at any time."""
     words = uniform_words(seed, at.batch, at.head, at.query, at.key)
     # The half keeps u inside (0, 1), in float64 because float32 has no number so near to 1.
     return -(-((words.double() + 0.5) / 2**32).log()).log().to(dtype)
 
 
-def uniform_words(seed: int, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def uniform_words(seed: int | Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Whole numbers from 0 to 2³² − 1: Philox-4x32-10 of (seed, batch, query head, query position, key) alone.
 
     The counter is (key // 4, query, head, batch), the key of the generator the two halves of seed, and key mod 4
     picks one of the four words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
+    if torch.compiler.is_compiling():  # Inductor loses digits of such whole numbers, so that they come in an operator
+        seed = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device="cpu")
+        found: Tensor = _words_op(seed, batch, head, query, key)
+        return found
     low = 0xFFFFFFFF
     shape = torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape)
     words = [x.expand(shape) & low for x in (key // 4, query, head, batch)]
@@ -245,6 +256,40 @@ def uniform_words(seed: int, batch: Tensor, head: Tensor, query: Tensor, key: Te
             left & low,
         ]
     return torch.stack(words, -1).gather(-1, (key % 4).expand(shape)[..., None]).squeeze(-1)
+
+
+@torch.library.custom_op("foveate::uniform_words", mutates_args=())
+def _words_op(seed: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return uniform_words(seed, batch, head, query, key)
+
+
+@_words_op.register_fake
+def _words_fake(seed: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key.new_empty(torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape))
+
+
+def room_for_out(q: Tensor, value_dim: int) -> Tensor:
+    """Memory for a result `[B, H, Nq, value dim]`, laid out as q is: dense, its dimensions in the same order.
+
+    So `.view` works on a result wherever it would on q, whichever implementation ran. It is no view itself, which an
+    autograd function may not return to someone who changes it in place.
+    """
+    if q.shape[3] == value_dim and q.stride(3) == 1:
+        return torch.empty_like(q)
+    return q.new_empty_strided((*q.shape[:3], value_dim), (*(step * max(value_dim, 1) for step in _row_strides(q)), 1))
+
+
+def laid_out_as(q: Tensor, out: Tensor) -> Tensor:
+    """A result as `room_for_out` lays it out; copied only if it lies otherwise."""
+    strides = _row_strides(q)
+    order = sorted(range(3), key=lambda n: strides[n], reverse=True)
+    back = [order.index(n) for n in range(3)]
+    return out.permute(*order, 3).contiguous().permute(*back, 3)
+
+
+def _row_strides(q: Tensor) -> tuple[int, ...]:
+    """Of a dense `[B, H, Nq]` whose dimensions are in the order of q's."""
+    return torch.empty_like(q[..., 0] if q.shape[3] else q.new_empty(q.shape[:3]), device="meta").stride()
 
 
 def readable(x: Tensor) -> Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveate.eager import is_transformed
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
-from foveate.pattern.given import from_mask
+from foveate.pattern.given import as_pattern
 from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
 from foveate.score import sinks as sinks_of
-from foveate.values import describe, integers
+from foveate.values import dense, describe, dropout_of, integers, is_listed, scale_of, whole
 
 _FURTHEST = 1 << 61  # so that sums of a few positions are numbers of 64 bits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +37,7 @@ class Problem:
     scale: float
     query_start: int | Tensor
     dropout: float
-    seed: int | None
+    seed: int | Tensor | None
     needs_lse: bool
     normalizer: Rowwise | None = None
 
@@ -54,6 +56,13 @@ class Problem:
         """Whether something is at work that sees no operator."""
         return is_transformed()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call."""
+        found = [self.q, self.k, self.v]
+        for part in (self.pattern, self.score):
+            found += part.tensors() if part is not None else []
+        return found + [x for x in (self.query_start, self.seed) if isinstance(x, Tensor)]
+
     @property
     def needs_gradient(self) -> bool:
         """Whether autograd will ask for any gradient of this call."""
@@ -63,25 +72,6 @@ class Problem:
     def pairs(self, box: tuple[slice, slice, slice, slice] | None = None) -> Pairs:
         """The positions of all (batch, head, row, key) of the call, or of a box of it."""
         return grid(*self.shape, self.query_start, self.q.device, box)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are plain tensors and no graph, trace, transform or mode is at work, which has to see operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not is_transformed()
-    )
 
 
 @dataclass(frozen=True)
@@ -124,15 +114,8 @@ def problem(
     check_tensors(q, k, v)
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     start = _check_start(query_start, q, keys)
-    if isinstance(pattern, Tensor):
-        if pattern.dtype != torch.bool:
-            raise InvalidInput(
-                f"the pattern is {describe(pattern)}: a boolean tensor (True = may attend) is a mask; "
-                "give a float tensor as score="
-            )
-        pattern = from_mask(pattern)
-    if pattern is not None and not isinstance(pattern, Pattern):
-        raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern or a boolean tensor")
+    if pattern is not None:
+        pattern = as_pattern(pattern)
     if isinstance(score, Tensor):
         score = bias(score)
     if score is not None and not isinstance(score, Score):
@@ -146,15 +129,12 @@ def problem(
         reasons = part.misfits(extent) if part is not None else []
         if reasons:
             raise InvalidInput("; ".join(reasons))
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
-    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise InvalidInput(f"seed is {seed!r}: wanted a whole number of 64 bits, or None")
+    dropout = dropout_of(dropout)
+    if seed is not None:
+        seed = whole(seed, "seed", -(2**63), 2**63 - 1, "a whole number of 64 bits, or None")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise InvalidInput(f"scale is {scale!r}: wanted a finite number, or None for dim^-½")
-    return Problem(q, k, v, pattern, score, float(scale), start, float(dropout), seed, needs_lse, rowwise)
+    return Problem(q, k, v, pattern, score, scale_of(scale), start, dropout, seed, needs_lse, rowwise)
 
 
 def _check_normalizer(
@@ -183,19 +163,21 @@ def _check_normalizer(
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the dtype of autocast, where that is on."""
+    """q, k, v in the dtype of autocast, where that is on; float64 stays, as in PyTorch."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise InvalidInput(f"q, k, v are {kinds}: wanted three tensors")
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     return q, k, v
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Whether q, k and v are four-dimensional and fit each other, or `InvalidInput` with what was wanted."""
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        dense(x, name)
     wanted = _wanted(q, k, v)
     if wanted:
         given = ", ".join(f"{name} is {describe(x)} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
@@ -221,13 +203,17 @@ def _wanted(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.shape[3] != k.shape[3]:
         return "the same head size (last dimension) in q and k"
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        return "query heads that are a multiple of the key heads"
+        turned = " ([batch, length, heads, dim] becomes so by transpose(1, 2))" if q.shape[2] == k.shape[2] else ""
+        return f"[batch, heads, length, dim]{turned}, with query heads that are a multiple of the key heads"
     return ""
 
 
 def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int | Tensor:
     if query_start is None:
-        return keys - q.shape[2]
+        start = keys - q.shape[2]
+        return start.reshape(1) if isinstance(start, Tensor) else start  # in a trace sizes are tensors
+    if is_listed(query_start):
+        query_start = integers(query_start, "query_start", [1]).to(q.device)
     if isinstance(query_start, Tensor):
         query_start = integers(query_start, "query_start", [0, 1])
         if query_start.dim() == 0:
@@ -237,8 +223,11 @@ def _check_start(query_start: int | Tensor | None, q: Tensor, keys: int) -> int 
         if query_start.device != q.device:
             raise InvalidInput(f"query_start is on {query_start.device} but q is on {q.device}: move it")
         return query_start
-    if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
-        raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or an integer tensor [batch]")
-    if isinstance(query_start, int) and abs(query_start) > _FURTHEST:
+    if isinstance(query_start, torch.SymInt):
+        return query_start
+    if isinstance(query_start, bool) or not isinstance(query_start, numbers.Integral):
+        raise InvalidInput(f"query_start is {query_start!r}: wanted an int, or integers [batch]")
+    query_start = int(query_start)
+    if abs(query_start) > _FURTHEST:
         raise InvalidInput(f"query_start is {query_start}: wanted a position between −2⁶¹ and 2⁶¹")
     return query_start

@@ -14,15 +14,19 @@ training, the frequencies θ are stretched by one of four laws:
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from foveate.eager import is_plain, is_transformed
 from foveate.errors import InvalidInput
-from foveate.problem import accumulator, is_transformed
-from foveate.values import describe, integers, whole
+from foveate.names import explained_names
+from foveate.problem import accumulator
+from foveate.values import dense, describe, integers, no_number, number, positive, whole
+from foveate.words import explained, explained_class
 
 
 @runtime_checkable
@@ -51,6 +55,7 @@ def frequencies(dim: int, base: float | Tensor, device: torch.device | None = No
     return result
 
 
+@explained_class
 @dataclass(frozen=True)
 class Linear:
     """Position interpolation: θ / factor, https://arxiv.org/abs/2306.15595."""
@@ -65,6 +70,7 @@ class Linear:
         return frequencies(dim, base, positions.device) / self.factor
 
 
+@explained_class
 @dataclass(frozen=True)
 class DynamicNTK:
     """base · (factor · length / original_length − (factor − 1))^(dim / (dim − 2)), for texts beyond original_length.
@@ -88,6 +94,7 @@ class DynamicNTK:
         return frequencies(dim, base * stretch ** (dim / (dim - 2)), positions.device)
 
 
+@explained_class
 @dataclass(frozen=True)
 class YaRN:
     """θ / factor for pairs that turn less than beta_slow times in original_length, θ above beta_fast, a ramp between.
@@ -127,6 +134,7 @@ class YaRN:
         return plain / self.factor * ramp + plain * (1 - ramp)
 
 
+@explained_class
 @dataclass(frozen=True)
 class Llama3:
     """θ / factor for pairs that turn less than slow times in original_length, θ above fast, a ramp between.
@@ -155,10 +163,11 @@ class Llama3:
 def _check(law: Any, *names: str) -> None:
     for name in names:
         value = getattr(law, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InvalidInput(f"{name} of {type(law).__name__} is {value!r}: wanted a positive, finite number")
+        positive(value, f"{name} of {type(law).__name__}")
+        object.__setattr__(law, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
+@explained
 def grid(*sizes: int, device: torch.device | None = None) -> Tensor:
     """The positions of the places of a grid, row by row: `[axes, places]`, as `AxialRotary` takes them.
 
@@ -173,10 +182,9 @@ def grid(*sizes: int, device: torch.device | None = None) -> Tensor:
 
 def check_size(dim: int, base: float) -> None:
     """Raise `InvalidInput` unless `dim` entries make pairs and `base` is a base."""
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-        raise InvalidInput(f"the rotary dim is {dim!r}: wanted an even number of at least 2: entries turn in pairs")
-    if isinstance(base, bool) or not isinstance(base, int | float) or not 1 < base < math.inf:
-        raise InvalidInput(f"the rotary base is {base!r}: wanted a finite number above 1")
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral | torch.SymInt) or dim < 2 or dim % 2:
+        raise no_number(dim, "the rotary dim", "an even number of at least 2: entries turn in pairs")
+    number(base, "the rotary base", "a finite number above 1", above=1, below=math.inf)
 
 
 def angles(
@@ -206,6 +214,7 @@ def angles(
 def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
     """x `[*batch, heads, length, size]` with its first entries turned: pairs (i, i + dim/2), or (2i, 2i + 1)."""
     cos, sin = by
+    dense(x, "what rotary positions turn")
     if not x.dtype.is_floating_point or x.dim() < 3 or x.shape[-1] < 2 * cos.shape[-1] or x.shape[-2] != cos.shape[-2]:
         raise InvalidInput(
             f"rotary positions were given x {describe(x)} for {cos.shape[-2]} positions and a dim of "
@@ -223,14 +232,14 @@ def turn(x: Tensor, by: Angles, interleaved: bool) -> Tensor:
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     dim = 2 * cos.shape[-1]
-    if not torch.compiler.is_compiling() and not is_transformed():
+    if not torch.compiler.is_compiling() and not is_transformed() and is_plain(x):
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
             return out
         return _written(x, cos, sin, interleaved)
-    first, second = _pairs(x[..., :dim], interleaved)
+    first, second = _pairs(x[..., :dim] if x.shape[-1] > dim else x, interleaved)
     pair = first * cos - second * sin, second * cos + first * sin
-    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    out = torch.stack(pair, -1).reshape(*x.shape[:-1], dim) if interleaved else torch.cat(pair, -1)
     return torch.cat((out.to(x.dtype), x[..., dim:]), -1) if x.shape[-1] > dim else out.to(x.dtype)
 
 
@@ -268,3 +277,7 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = explained_names(__name__)

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.positions import Extent, Pairs
-from foveate.values import Name, describe, device_misfits, floating, identity, mask_misfit, read, spelled
+from foveate.values import (
+    Name,
+    describe,
+    device_misfits,
+    floating,
+    identity,
+    mask_misfit,
+    positive,
+    read,
+    spelled,
+    whole,
+)
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,21 +222,25 @@ class Score:
         return (words, *map(identity, tensors))
 
 
+@explained
 def alibi(slopes: Tensor) -> Score:
     """−slope · |query − key|, one slope a head (`[heads]` or `[batch, heads]`); Press et al. 2021, 2108.12409."""
     return Score(biases=(Alibi(floating(slopes, "alibi's slopes", (1, 2))),))
 
 
+@explained
 def alibi_slopes(heads: int) -> Tensor:
     """The paper's slopes: 2^(−8 i / heads) for a power of two; else those, and every second of the next power."""
 
     def geometric(count: int) -> list[float]:
         return [2 ** (-8 * (i + 1) / count) for i in range(count)]
 
+    heads = whole(heads, "the number of heads", 1)
     power = 1 << (heads.bit_length() - 1)
     return torch.tensor(geometric(power) + geometric(2 * power)[::2][: heads - power])
 
 
+@explained
 def relative_bias(table: Tensor, max_distance: int | None = None, *, bidirectional: bool = True) -> Score:
     """A learned bias that depends on distance alone; table is `[entries, heads]`, the gradient goes to it.
 
@@ -235,11 +251,14 @@ def relative_bias(table: Tensor, max_distance: int | None = None, *, bidirection
     checked = floating(table, "the table of relative_bias", (2,))
     if max_distance is None and table.shape[0] % 2 == 0:
         raise InvalidInput(f"the table of relative_bias is {describe(table)}: wanted 2m + 1 entries, or max_distance=")
+    if max_distance is not None:
+        max_distance = whole(max_distance, "max_distance", 1)
     if max_distance is not None and max_distance <= table.shape[0] // (4 if bidirectional else 2):
         raise InvalidInput(f"max_distance is {max_distance}: too near for the {table.shape[0]} buckets of the table")
     return Score(biases=(RelativeBias(checked, max_distance, bidirectional),))
 
 
+@explained
 def bias(tensor: Tensor) -> Score:
     """A float tensor that broadcasts to `[batch, heads, queries, keys]`, added; its gradient has its own shape."""
     if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
@@ -247,13 +266,13 @@ def bias(tensor: Tensor) -> Score:
     return Score(biases=(Bias(floating(tensor, "the bias", (0, 1, 2, 3, 4))),))
 
 
+@explained
 def softcap(cap: float) -> Score:
     """cap · tanh(score / cap), before any bias (Gemma 2, 2408.00118)."""
-    if not (isinstance(cap, int | float) and 0 < cap < math.inf):
-        raise InvalidInput(f"the cap is {cap!r}: wanted a positive, finite number")
-    return Score(softcap=Softcap(float(cap)))
+    return Score(softcap=Softcap(positive(cap, "the cap")))
 
 
+@explained
 def sinks(logits: Tensor) -> Score:
     """One learned logit a head (`[heads]`) in the denominator, so that a row may attend to nothing (gpt-oss)."""
     return Score(sinks=Sinks(floating(logits, "the logits of sinks", (1,))))

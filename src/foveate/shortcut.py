@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from foveate.dispatch import Implementation, decide, is_observed
+from foveate.eager import is_eager
 from foveate.pattern.algebra import Pattern
-from foveate.problem import Problem, is_eager
+from foveate.problem import Problem
 
 Signature = tuple[Hashable, ...]
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _MOST = 4096
+_STARTS, _SCALES = (type(None), int), (type(None), int, float)
 _decided: dict[Signature, Call] = {}
 
 
@@ -35,7 +37,10 @@ def signature(
     """All that checks and choices of this call depend on, or None where they depend on more."""
     if not is_eager(q, k, v) or q.dim() != 4:
         return None
-    if not (pattern is None or isinstance(pattern, Pattern)) or isinstance(query_start, Tensor) or is_observed():
+    if not (pattern is None or isinstance(pattern, Pattern)) or is_observed():
+        return None
+    # Of these very types: 0.0 and False, which are no positions, are equal to a 0 that was looked up before.
+    if type(query_start) not in _STARTS or type(scale) not in _SCALES or type(backend) is not str:
         return None
     device = q.device
     if torch.is_autocast_enabled(device.type):

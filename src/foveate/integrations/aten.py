@@ -129,7 +129,7 @@ class Entries:
         why = ""
         if self.on and not keys.raw_repr() & _UNUSUAL:
             mask = attn_mask if attn_mask is None or attn_mask.dim() == 4 else attn_mask[None, None]
-            why = refusal_of_gradients(q, k, v, mask, dropout_p, is_causal)
+            why = refusal_of_gradients(q, k, v, mask, dropout_p, is_causal, logsumexp)
             self.tell("backward", why)
             if not why:
                 found = gradients(grad_out, out, logsumexp, q, k, v, mask, is_causal, scale)

@@ -26,6 +26,7 @@ EMPTY = "an empty tensor"
 SLOWER = "PyTorch's kernel is as fast or faster"
 
 _NOTHING, _HIDDEN = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, -math.inf))
+_LARGE = 64  # a log-sum-exp beyond which the order of sums shows in the weights, as in native/bases.hpp
 _FEW_PAIRS = 4096  # below, finding the tiles that a mask leaves empty takes longer than it saves
 
 
@@ -65,10 +66,15 @@ def refusal(
     return ""
 
 
-def refusal_of_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> str:
+def refusal_of_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, lse: Tensor
+) -> str:
     """Why the gradients of a call are left to PyTorch; empty if `gradients` computes them."""
     why = refusal(q, k, v, mask, dropout, causal, grouped=True)
-    return why or ("" if leads_backward(q) else SLOWER)
+    if why or leads_backward(q):
+        return why
+    # PyTorch sums a score in its own order: of large ones it would make other weights than our forward pass, or NaN.
+    return "" if leads_forward(q, k) and float(lse.abs().amax()) > _LARGE else SLOWER
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def attention(pattern: Pattern | None = None, *, key_heads: int | None = None) -
     if key_heads is not None:
         whole(key_heads, "key_heads", 1)
 
-    class FoveateAttention(Attention):  # type: ignore[misc]
+    class FoveateAttention(Attention, metaclass=_Made):  # type: ignore[misc]
+        made_of = pattern, key_heads
         qkv: nn.Linear
 
         def __init__(self, dim: int, num_heads: int = 8, **rest: Any) -> None:
@@ -59,3 +61,16 @@ def attention(pattern: Pattern | None = None, *, key_heads: int | None = None) -
             return f"pattern={pattern!r}, key_heads={self.key_heads}"
 
     return FoveateAttention
+
+
+class _Made(type):
+    """A class that a call made: a file names it by what that call was given."""
+
+    made_of: tuple[Pattern | None, int | None]
+
+
+def _remade(pattern: Pattern | None, key_heads: int | None) -> type[nn.Module]:
+    return attention(pattern, key_heads=key_heads)
+
+
+copyreg.pickle(_Made, lambda kind: (_remade, kind.made_of))  # type: ignore[arg-type, return-value]

@@ -12,6 +12,7 @@ from types import TracebackType
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.aten import Entries
 from foveate.integrations.fused import missing
+from foveate.words import explained
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)
 
 
+@explained
 def accelerate() -> Acceleration:
     """Run every CPU call of `torch.nn.functional.scaled_dot_product_attention` in this process on Foveate's kernels.
 
@@ -136,6 +138,7 @@ def accelerate() -> Acceleration:
     return _STATE.begin()
 
 
+@explained
 def restore() -> None:
     """End the newest `accelerate()` that is still on; after the last one PyTorch is as it was.
 
@@ -148,6 +151,7 @@ def restore() -> None:
         _STATE.end(_STATE.active[-1])
 
 
+@explained
 def report() -> Report:
     """How many calls went where, and why, since the outermost `accelerate()`; after its end, what it had counted.
 

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.linear_problem import LinearProblem, is_known
+from foveate.eager import is_known
+from foveate.linear_problem import LinearProblem
+from foveate.values import static_size
 
 _CHUNKS = 16, 64  # the fewest and the most steps in a chunk, unless there are fewer
 _NOTHING = -1000.0  # its exponential is 0 in every dtype, and its sums stay finite
@@ -42,7 +44,7 @@ def run(problem: LinearProblem, chunk: int | None = None) -> tuple[Tensor, Tenso
     """(out `[B, Hq, Nq, Dv]`, the last state `[B, Hk, Dk, Dv]`), both float32 or wider."""
     if chunk is None:
         least, most = _CHUNKS
-        dim = problem.k.shape[3]
+        dim = static_size(problem.k.shape[3])
         # The delta rule solves a system of the keys of a chunk; more keys than dimensions make it lose digits.
         chunk = min(most, max(least, 1 << (dim - 1).bit_length())) if problem.delta_rule else most
     return _finite(problem, chunk) if _is_finite(problem) else _with_broken(problem, chunk)
@@ -185,7 +187,7 @@ def _pairs(a: Tensor, b: Tensor, decay: Tensor | None) -> Tensor:
         ones = torch.ones(size, size, dtype=decay.dtype, device=decay.device)
         between = ones.tril() @ (decay * ones.tril(-1))
         return _products(a, b) * between.exp().tril()[:, :, :, None]
-    levels = (size - 1).bit_length()
+    levels = (static_size(size) - 1).bit_length()
     a, b, decay = (pad(x, (0, 0, 0, (1 << levels) - size)) for x in (a, b, decay))
     blocks = (a * b[:, :, :, None]).sum(-1)[..., None, None]  # 1 × 1 on the diagonal: no decay from a step to itself
     for level in range(levels):

@@ -21,6 +21,7 @@ from torch.nn.functional import elu
 
 from foveate.errors import InvalidInput
 from foveate.values import describe, floating, whole
+from foveate.words import explained
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -47,6 +48,7 @@ def taylor(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1), x, squares], -1)
 
 
+@explained
 def hedgehog(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """(softmax(x·W), softmax(−x·W)) with a learned W, `[dim, features]` or `[heads, dim, features]`.
 
@@ -70,6 +72,7 @@ def hedgehog(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return feature
 
 
+@explained
 def cosformer(length: int, *, start: int = 0) -> Callable[[Tensor], Tensor]:
     """relu(x)·(cos, sin)(π·t/2M), so that a pair at distance n weighs relu(q)·relu(k)·cos(π·n/2M); M = `length`.
 
@@ -121,6 +124,7 @@ class Favor:
         return f"favor({self.directions.shape[1]}, {self.directions.shape[0]})"
 
 
+@explained
 def favor(dim: int, features: int | None = None, *, generator: torch.Generator | None = None) -> Favor:
     """FAVOR+: exp(ω·x′ − ‖x′‖²/2)/√m with x′ = x·dim^-¼, so that E[φ(q)·φ(k)] = exp(q·k/√dim): softmax's weight.
 

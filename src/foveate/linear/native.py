@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager, is_transformed
 from foveate.errors import unsupported
 from foveate.linear_problem import LinearProblem
 from foveate.primitives import readable
-from foveate.problem import is_eager, is_transformed, without_autocast
+from foveate.problem import without_autocast
+from foveate.slicewise import slicewise
 
 try:
     from foveate import _native
@@ -54,10 +56,10 @@ def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Te
     q = problem.q if problem.causal else problem.q[:, :, :0]
     trains, narrow = problem.needs_gradient, not problem.normalize and problem.v.dtype == problem.dtype
     # An operator costs more than a short call: only where something has to see it.
-    run = _forward_op if trains or not is_eager(problem.q, problem.k, problem.v) else _forward
+    tensors = q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state
+    run = _forward_op if trains or not is_eager(*(x for x in tensors if x is not None)) else _forward
     out, last, _ = run(
-        q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state, problem.scale,
-        problem.delta_rule, problem.causal, narrow, trains, kernel, threads,
+        *tensors, problem.scale, problem.delta_rule, problem.causal, narrow, trains, kernel, threads
     )  # fmt: skip
     if not problem.causal:  # every query reads the last state: a product of torch
         group = problem.q.shape[1] // max(problem.k.shape[1], 1)
@@ -237,6 +239,7 @@ def _no_second_derivative(ctx: Any, *gradients: object) -> None:
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+slicewise(_backward_op)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

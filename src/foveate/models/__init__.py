@@ -2,8 +2,9 @@
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from foveate.names import UnknownName
 from foveate.naming import Format
 
 # The `model_type` of config.json, or the class of diffusers that it names → the file that computes it.
@@ -51,3 +52,11 @@ def kind_of(said: Mapping[str, Any]) -> Any:
         by_norm = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
         return by_norm.get(str(said.get("norm_type")), kind)
     return kind
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in FAMILIES.values():
+            return importlib.import_module(f"{__name__}.{name}")
+        raise UnknownName(__name__, name)

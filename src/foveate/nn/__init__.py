@@ -1,5 +1,8 @@
 """Modules with parameters, built on the functions of `foveate.functional`."""
 
+from typing import TYPE_CHECKING
+
+from foveate.names import explained_names
 from foveate.nn.additive import AdditiveAttention, LuongAttention
 from foveate.nn.attention import CrossAttention, KeysValues, MultiHeadAttention, SelfAttention
 from foveate.nn.axial import AxialRotary, MultimodalRotary
@@ -29,6 +32,7 @@ from foveate.nn.seq2seq import Seq2Seq, inverse_sqrt_rate
 from foveate.nn.sparse_selection import Compressor, LightningIndexer, MoBA, NativeSparseAttention
 from foveate.nn.strided import Fixed, Strided
 from foveate.nn.transformer import Decoder, Encoder, Transformer
+from foveate.words import explained_class
 
 __all__ = [
     "ALiBi",
@@ -84,3 +88,9 @@ __all__ = [
     "inverse_sqrt_rate",
     "torch_masks",
 ]
+
+for _name in __all__:
+    explained_class(globals()[_name])
+
+if not TYPE_CHECKING:
+    __getattr__ = explained_names(__name__)

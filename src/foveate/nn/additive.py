@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.functional import additive_attention, additive_weights, attention, local_attention, weights
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import padding
-from foveate.values import describe, integers, whole
+from foveate.values import describe, integers, sequence, whole
 
 Score = Literal["dot", "general", "concat"]
 Alignment = Literal["global", "local-m", "local-p"]
@@ -82,8 +83,7 @@ class LuongAttention(nn.Module):
 
     def keys(self, memory: Float[Tensor, "batch source memory_dim"]) -> Float[Tensor, "batch source dim"]:
         """What the score compares states with: worked out once, and given to every step as `keys=`."""
-        if not isinstance(memory, Tensor) or memory.dim() != 3 or memory.shape[2] != self.memory_dim:
-            raise InvalidInput(f"the memory is {describe(memory)}: wanted [batch, source, {self.memory_dim}]")
+        sequence(memory, self.memory_dim, "the memory is", "source")
         keys: Tensor = self.key(memory)
         return keys
 
@@ -159,14 +159,14 @@ class LuongAttention(nn.Module):
         self, states: Tensor, memory: Tensor, lengths: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor, Pattern | None]:
         """q and k `[batch, 1, …]`, and which keys are there."""
-        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[2] != self.query_dim:
-            raise InvalidInput(f"the states are {describe(states)}: wanted [batch, steps, {self.query_dim}]")
+        sequence(states, self.query_dim, "the states are", "steps")
         k = self.keys(memory) if keys is None else keys
         if lengths is None:
             return self.query(states)[:, None], k[:, None], None
-        if integers(lengths, "lengths", [1]).shape[0] != memory.shape[0]:
+        lengths = integers(lengths, "lengths", [1])
+        if lengths.shape[0] != memory.shape[0]:
             raise InvalidInput(f"lengths is {describe(lengths)}: wanted [batch] = [{memory.shape[0]}]")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths > memory.shape[1]).any():
+        if lengths.device.type == "cpu" and is_known(lengths) and bool((lengths > memory.shape[1]).any()):
             raise InvalidInput(
                 f"a length is {int(lengths.max())}: wanted at most the {memory.shape[1]} positions of the memory"
             )

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from foveate.errors import InvalidInput
 from foveate.functional import attention
 from foveate.nn.position import Rotary
-from foveate.nn.pytorch import rename_attention
+from foveate.nn.pytorch import copy_weights, rename_attention
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles
 from foveate.score import Score
-from foveate.values import describe, whole
+from foveate.values import dropout_of, sequence, whole
 
 Attend = Callable[..., Tensor]
 
@@ -100,15 +100,13 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = whole(dim // heads if head_dim is None else head_dim, "the size of a head", 1)
         if rotary is not None and rotary.dim > self.head_dim:
             raise InvalidInput(f"rotary positions turn {rotary.dim} entries but a head has {self.head_dim}")
-        if not 0 <= dropout < 1:
-            raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
         key_from, value_from = context_dim if isinstance(context_dim, tuple) else (context_dim or dim,) * 2
         self.query = nn.Linear(dim, heads * self.head_dim, bias)
         self.key = nn.Linear(key_from, self.key_heads * self.head_dim, bias)
         self.value = nn.Linear(value_from, self.key_heads * self.head_dim, bias)
         self.out = nn.Linear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
         self.rotary, self.query_norm, self.key_norm = rotary, query_norm, key_norm
-        self.attend, self.dropout = attend, dropout
+        self.attend, self.dropout = attend, dropout_of(dropout)
         self.register_load_state_dict_pre_hook(rename_attention)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -122,8 +120,8 @@ class MultiHeadAttention(nn.Module):
     def project(self, context: Tensor | tuple[Tensor, Tensor]) -> KeysValues:
         """The heads of keys and values of a context, or of (what keys are made of, what values are made of)."""
         for_keys, for_values = context if isinstance(context, tuple) else (context, context)
-        self._check(for_keys, self.key.in_features, "the context of the keys")
-        self._check(for_values, self.value.in_features, "the context of the values")
+        sequence(for_keys, self.key.in_features, "the context of the keys is")
+        sequence(for_values, self.value.in_features, "the context of the values is")
         k = self.key(for_keys).unflatten(-1, (self.key_heads, self.head_dim))
         v = self.value(for_values).unflatten(-1, (self.key_heads, self.head_dim))
         if self.key_norm is not None:
@@ -150,7 +148,7 @@ class MultiHeadAttention(nn.Module):
                 once for all layers. None = 0, 1, 2…, after those in the cache.
             cache: keys and values of earlier calls, which those of x are appended to.
         """
-        self._check(x, self.dim, "x")
+        sequence(x, self.dim)
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         if self.query_norm is not None:
             q = self.query_norm(q)
@@ -178,10 +176,6 @@ class MultiHeadAttention(nn.Module):
         out: Tensor = self.out(self.attend(q, k, v, pattern, **options).transpose(1, 2).flatten(2))
         return out
 
-    def _check(self, x: Tensor, size: int, what: str) -> None:
-        if x.dim() != 3 or x.shape[2] != size:
-            raise InvalidInput(f"{what} is {describe(x)}: wanted [batch, length, {size}]")
-
     def extra_repr(self) -> str:
         groups = "" if self.key_heads == self.heads else f", key_heads={self.key_heads}"
         return f"{self.dim}, heads={self.heads}{groups}, head_dim={self.head_dim}"
@@ -205,7 +199,7 @@ class MultiHeadAttention(nn.Module):
                 module.embed_dim, module.num_heads, context_dim=(module.kdim, module.vdim),
                 bias=module.in_proj_bias is not None, dropout=module.dropout,
             ).to(weight.dtype)  # fmt: skip
-        made.load_state_dict(module.state_dict())
+        copy_weights(made, module)
         return made.train(module.training)
 
 

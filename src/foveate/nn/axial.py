@@ -122,6 +122,7 @@ class MultimodalRotary(Rotary):
 
 
 def _by_axis(positions: Tensor, axes: int) -> Tensor:
-    if integers(positions, "positions", (2, 3)).shape[0] != axes:
+    positions = integers(positions, "positions", (2, 3))
+    if positions.shape[0] != axes:
         raise InvalidInput(f"positions are {describe(positions)}: wanted [{axes}, length] or [{axes}, batch, length]")
     return positions

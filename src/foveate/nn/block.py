@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from foveate.errors import InvalidInput
 from foveate.nn.attention import CrossAttention, KeysValues, LayerCache, SelfAttention
-from foveate.nn.pytorch import rename_block
+from foveate.nn.pytorch import copy_weights, rename_block
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles
 from foveate.score import Score
@@ -215,7 +215,7 @@ class Block(nn.Module):
             activation=copy.deepcopy(layer.activation), epsilon=layer.norm1.eps,
             bias=layer.linear1.bias is not None, dropout=layer.dropout.p,
         ).to(weight)  # fmt: skip
-        made.load_state_dict(layer.state_dict())
+        copy_weights(made, layer)
         return made.train(layer.training)
 
     def forward(

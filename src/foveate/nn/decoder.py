@@ -194,7 +194,8 @@ class AttentiveDecoder(nn.Module):
         initial: Tensor | tuple[Tensor, Tensor] | None,
     ) -> Iterator[tuple[Tensor, int, Tensor, DecoderState]]:
         """(the states that attended, the step of the first, h̃, the state after), part by part."""
-        if not integers(targets, "targets", [2]).shape[1]:
+        targets = integers(targets, "targets", [2])
+        if not targets.shape[1]:
             raise InvalidInput(f"targets is {describe(targets)}: wanted at least one step")
         keys = self.attention.keys(memory)
         if targets.shape[0] != memory.shape[0]:

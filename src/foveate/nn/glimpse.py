@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, grid_sample, mse_loss, relu
 
 from foveate.errors import InvalidInput
-from foveate.values import describe, integers, whole
+from foveate.values import describe, integers, positive, whole
 
 
 def glimpse(
@@ -112,9 +112,8 @@ class RecurrentAttentionModel(nn.Module):
         super().__init__()
         for value, name in ((channels, "channels"), (classes, "classes"), (size, "size"), (scales, "scales")):
             whole(value, name, 1)
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-            raise InvalidInput(f"sigma is {sigma!r}: wanted a positive, finite number")
-        self.glimpses, self.size, self.scales, self.sigma = whole(glimpses, "glimpses", 1), size, scales, float(sigma)
+        self.sigma = positive(sigma, "sigma")
+        self.glimpses, self.size, self.scales = whole(glimpses, "glimpses", 1), size, scales
         half = whole(dim, "dim", 2) // 2
         self.what = nn.Linear(channels * scales * size**2, half)
         self.where = nn.Linear(2, half)
@@ -173,7 +172,8 @@ class RecurrentAttentionModel(nn.Module):
 
         r is 1 for a right answer and 0 for a wrong one, b_t is fitted to it.
         """
-        if integers(labels, "the labels", [1]).shape[0] != taken.logits.shape[0]:
+        labels = integers(labels, "the labels", [1])
+        if labels.shape[0] != taken.logits.shape[0]:
             raise InvalidInput(f"the labels are {describe(labels)}: wanted [batch] = [{taken.logits.shape[0]}]")
         loss = cross_entropy(taken.logits, labels)
         if not taken.log_prob.shape[1]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from foveate.errors import InvalidInput
 from foveate.functional import lsh_attention
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe, whole
+from foveate.values import sequence, whole
 
 
 class ReformerAttention(nn.Module):
@@ -62,8 +62,7 @@ class ReformerAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length dim"], pattern: Pattern | None = None
     ) -> Float[Tensor, "batch length dim"]:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {self.dim}]")
+        sequence(x, self.dim)
         qk, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query_key, self.value))
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
         out = lsh_attention(

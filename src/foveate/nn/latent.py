@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate.errors import InvalidInput
 from foveate.functional import attention
 from foveate.nn.attention import LayerCache
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.rotary import Angles, Scaling
-from foveate.values import describe, whole
+from foveate.values import dropout_of, scale_of, sequence, whole
 
 
 class LatentAttention(nn.Module):
@@ -72,11 +71,9 @@ class LatentAttention(nn.Module):
         sizes = {"dim": dim, "the number of heads": heads, "latent_dim": latent_dim, "head_dim": head_dim}
         for what, size in {**sizes, "value_dim": value_dim}.items():
             whole(size, what, 1)
-        if not 0 <= dropout < 1:
-            raise InvalidInput(f"dropout is {dropout!r}: wanted at least 0 and less than 1")
         self.dim, self.heads, self.latent_dim, self.head_dim = dim, heads, latent_dim, head_dim
-        self.rope_dim, self.value_dim, self.dropout = rope_dim, value_dim, dropout
-        self.scale = (head_dim + rope_dim) ** -0.5 if scale is None else scale
+        self.rope_dim, self.value_dim, self.dropout = rope_dim, value_dim, dropout_of(dropout)
+        self.scale = (head_dim + rope_dim) ** -0.5 if scale is None else scale_of(scale)
         self.rotary = Rotary(rope_dim, base=base, interleaved=interleaved, scaling=scaling)
         query_from = dim if query_latent_dim is None else whole(query_latent_dim, "query_latent_dim", 1)
         self.query_latent = None if query_latent_dim is None else nn.Linear(dim, query_from, bias)
@@ -105,8 +102,7 @@ class LatentAttention(nn.Module):
                 rope_dim]`, of earlier calls.
             absorbed: attend to the latents themselves; None = where that is less work: for few queries and many keys.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {self.dim}]")
+        sequence(x, self.dim)
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)

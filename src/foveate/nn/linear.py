@@ -14,7 +14,7 @@ from foveate.linear.features import Favor, elu_plus_one, favor
 from foveate.linear_problem import Feature
 from foveate.nn.mixing import MixerState, entered, head_size, joined, parted
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe
+from foveate.values import describe, sequence
 
 
 class LinearAttention(nn.Module):
@@ -96,8 +96,8 @@ class LinearAttention(nn.Module):
             raise InvalidInput("a causal layer reads x alone: give documents= for padding, or say causal=False")
         if context is None:
             context = x
-        elif not isinstance(context, Tensor) or context.dim() != 3 or context.shape[2] != self.context_dim:
-            raise InvalidInput(f"the context is {describe(context)}: wanted [batch, keys, {self.context_dim}]")
+        else:
+            sequence(context, self.context_dim, "the context is", "keys")
         write = None
         if keep is not None:
             if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != context.shape[:2]:

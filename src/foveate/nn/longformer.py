@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.functional import merge_by_rows
 from foveate.nn.attention import SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.packing import PaddingKeep, PaddingLengths, padding
 from foveate.pattern.positional import window
-from foveate.values import describe, whole
+from foveate.values import describe, sequence, whole
 
 
 class LongformerAttention(SelfAttention):
@@ -76,7 +77,7 @@ class LongformerAttention(SelfAttention):
             pattern: None, or `padding(…)`.
             global_tokens: which tokens are global; None = none of them.
         """
-        self._check(x, self.dim, "x")
+        sequence(x, self.dim)
         if pattern is not None and not isinstance(pattern, PaddingKeep | PaddingLengths):
             raise InvalidInput(f"the pattern is {pattern!r}: wanted padding(…), the rest being Longformer's own")
         options = {"dropout": self.dropout} if self.dropout and self.training else {}
@@ -108,7 +109,9 @@ class LongformerAttention(SelfAttention):
 def _rows(chosen: Tensor) -> Tensor | None:
     """The places of True in each row, −1 where a row has fewer than the fullest one; None where there are none."""
     count = chosen.sum(1, keepdim=True)
-    most = int(count.max()) if count.numel() else 0
+    most = 0
+    if count.numel():  # a trace has to hold for other numbers
+        most = int(count.max()) if is_known(count) else chosen.shape[1]
     if not most:
         return None
     places = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.linear_problem import LinearState, is_known, step_ids
+from foveate.linear_problem import LinearState, step_ids
 from foveate.pattern.algebra import Pattern
-from foveate.values import describe, whole
+from foveate.values import describe, sequence, whole
 
 
 class MixerState(NamedTuple):
@@ -73,8 +74,7 @@ class ShortConvolution(nn.Module):
             documents: as in `linear_attention`: no step sees another document, and a negative id is passed over.
         """
         channels, width = self.weight.shape
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != channels:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, steps, channels] with channels = {channels}")
+        sequence(x, channels, length="steps")
         shape = (x.shape[0], width - 1, channels)
         if state is None:
             state = x.new_zeros(shape)
@@ -120,8 +120,7 @@ def entered(
     x: Tensor, dim: int, documents: Tensor | Pattern | None, state: MixerState | None
 ) -> tuple[Tensor, Tensor | None]:
     """(x with zeros where a step is passed over, the document of every step), checked."""
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != dim:
-        raise InvalidInput(f"x is {describe(x)}: wanted [batch, steps, {dim}]")
+    sequence(x, dim, length="steps")
     if state is not None and not isinstance(state, MixerState):
         raise InvalidInput(f"state is a {type(state).__name__}: wanted the MixerState that an earlier call returned")
     if documents is None:

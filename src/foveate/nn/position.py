@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
 from foveate.rotary import Angles, Scaling, angles, check_size, frequencies, turn
-from foveate.values import describe, integers, whole
+from foveate.values import describe, integers, sequence, whole
 
 
 class Rotary(nn.Module):
@@ -133,10 +133,10 @@ class Learned(nn.Module):
 
 def _positions(x: Tensor, dim: int, positions: Tensor | None) -> Tensor:
     """The positions of x `[batch, length, dim]`, 0, 1, 2… where none are given."""
-    if x.dim() != 3 or x.shape[2] != dim:
-        raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {dim}]")
+    sequence(x, dim)
     if positions is None:
         return torch.arange(x.shape[1], device=x.device)
-    if integers(positions, "positions", (1, 2)).shape[-1] != x.shape[1]:
+    positions = integers(positions, "positions", (1, 2))
+    if positions.shape[-1] != x.shape[1]:
         raise InvalidInput(f"positions are {describe(positions)} for x {describe(x)}: wanted one for each token")
     return positions

@@ -46,9 +46,9 @@ def torch_masks(
                 "[batch · heads, queries, keys] and heads="
             )
         if attn_mask.dtype == torch.bool:
-            pattern = from_mask(~attn_mask)
+            pattern = from_mask(~_by_queries(attn_mask))
         else:
-            score = bias(attn_mask)
+            score = bias(_by_queries(attn_mask))
     if key_padding_mask is not None:
         if key_padding_mask.dim() != 2:
             raise InvalidInput(f"key_padding_mask is {describe(key_padding_mask)}: wanted [batch, keys]")
@@ -59,6 +59,22 @@ def torch_masks(
             more = bias(key_padding_mask[:, None, None])
             score = more if score is None else score + more
     return pattern, score
+
+
+def _by_queries(mask: Tensor) -> Tensor:
+    """A mask of two dimensions says here that the first is the queries, however many texts there are."""
+    return mask[None] if mask.dim() == 2 else mask
+
+
+def copy_weights(made: nn.Module, module: nn.Module) -> None:
+    """Give `made` the weights of PyTorch's module, whose names it knows; what is frozen there is frozen here."""
+    state = module.state_dict(keep_vars=True)
+    for name, part in made.named_modules():
+        for rename in part._load_state_dict_pre_hooks.values():
+            rename(state, f"{name}." if name else "", {}, True, [], [], [])
+    made.load_state_dict(state)
+    for name, weight in made.named_parameters():
+        weight.requires_grad_(state[name].requires_grad)
 
 
 def rename_attention(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from foveate.nn.mixing import MixerState, entered, head_size, joined, parted
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern
 from foveate.problem import accumulator
-from foveate.values import whole
+from foveate.values import positive, whole
 
 
 class MultiScaleRetention(nn.Module):
@@ -176,9 +174,7 @@ class GatedLinearAttention(nn.Module):
         if key_dim is None and dim % (2 * heads):
             raise InvalidInput(f"dim / 2 of {dim} does not divide into {heads} heads: change one, or give key_dim")
         self.key_dim = whole(dim // 2 // heads if key_dim is None else key_dim, "key_dim", 1)
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise InvalidInput(f"the temperature is {temperature!r}: wanted a positive, finite number")
-        self.temperature = float(temperature)
+        self.temperature = positive(temperature, "the temperature")
         narrow, wide = heads * self.key_dim, heads * self.value_dim
         self.query, self.key = nn.Linear(dim, narrow, bias=False), nn.Linear(dim, narrow, bias=False)
         self.value = nn.Linear(dim, wide, bias=False)

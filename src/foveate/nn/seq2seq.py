@@ -67,7 +67,7 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source: Int[Tensor, "batch keys"]) -> tuple[Tensor, Pattern | None]:
         """The context of these tokens, `[batch, keys, dim]`, and who may be seen in it."""
-        integers(source, "the source", (2,))
+        source = integers(source, "the source", (2,))
         seen = None if self.pad is None else padding(source != self.pad)
         x = self.dropout(self.position(self.source_word(source) * math.sqrt(self.dim)))
         return self.transformer.encoder(x, seen), seen
@@ -105,7 +105,8 @@ class Seq2Seq(nn.Module):
         The target begins with the token that `generate` begins with; each token but the first is predicted.
         Label smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567
         """
-        if integers(target, "the target", (2,)).shape[1] < 2:
+        target = integers(target, "the target", (2,))
+        if target.shape[1] < 2:
             raise InvalidInput(f"the target is {describe(target)}: wanted at least a beginning and one more token")
         scores = self(source, target[:, :-1])
         wanted = target[:, 1:].long()

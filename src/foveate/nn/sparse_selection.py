@@ -15,7 +15,7 @@ from foveate.functional import attention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.positional import causal, pooled, window
 from foveate.score import Score
-from foveate.values import describe, whole
+from foveate.values import sequence, whole
 
 Turn = Callable[..., Tensor]  # rotary positions: turn(x [batch, heads, length, dim], positions) → x
 
@@ -71,8 +71,8 @@ class LightningIndexer(nn.Module):
         """
         x = x.detach()
         source = x if query_from is None else query_from.detach()
-        if x.dim() != 3 or source.dim() != 3:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, dim]")
+        sequence(x, self.key.in_features)
+        sequence(source, self.query.in_features, "query_from is")
         q = self.query(source).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         k = self.norm(self.key(x))[:, None]
         if self.rotary is not None:
@@ -198,8 +198,7 @@ class NativeSparseAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length dim"], positions: Tensor | None = None
     ) -> Float[Tensor, "batch length dim"]:
-        if x.dim() != 3 or x.shape[2] != self.query.in_features:
-            raise InvalidInput(f"x is {describe(x)}: wanted [batch, length, {self.query.in_features}]")
+        sequence(x, self.query.in_features)
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         k, v = (part(x).unflatten(-1, (3, self.key_heads, self.head_dim)) for part in (self.key, self.value))
         k, v = k.permute(2, 0, 3, 1, 4), v.permute(2, 0, 3, 1, 4)  # [branch, batch, key heads, length, dim]

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
+from foveate.pattern.strange import wanted_pattern
 from foveate.positions import Extent, Pairs, Tiles, grid
 from foveate.values import Held, Name, describe, device_misfits, identity, spelled, whole
+from foveate.words import NOTHING, lenient
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,8 +88,22 @@ class Pattern:
     def __invert__(self) -> Pattern:
         return self.pattern if isinstance(self, Not) else Not(self)
 
+    __array_ufunc__ = None  # so that an array & a pattern is asked of the pattern, whole
+
+    def __rand__(self, other: object) -> Pattern:
+        return _join(And, self, other)
+
+    def __ror__(self, other: object) -> Pattern:
+        return _join(Or, self, other)
+
+    @lenient
     def __call__(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """FlexAttention's mask_mod, with queries that start at position 0; see `mask_mod` to shift them."""
+        if key is NOTHING:
+            raise InvalidInput(
+                f"{self!r} is a pattern, and was called as if it made one: write it without the parentheses; as "
+                "FlexAttention's mask_mod it takes (batch, head, query, key)"
+            )
         return self.visible(Pairs(batch, head, query, query, key))
 
     def mask_mod(self, query_start: int | Tensor = 0, keys: int | None = None, heads: int | None = None) -> MaskMod:
@@ -184,7 +200,7 @@ class And(Pattern):
 
     def without(self, part: Pattern) -> Pattern | None:
         """The rest of the parts, or None for no pattern at all."""
-        rest = tuple(each for each in self.parts if each is not part)
+        rest = tuple(each for each in self.parts if not _same(each, part))
         return And(rest) if len(rest) > 1 else rest[0] if rest else None
 
     def visible(self, at: Pairs) -> Tensor:
@@ -256,15 +272,17 @@ class Not(Pattern):
 
 def _join(kind: type[And] | type[Or], left: Pattern, right: object) -> Pattern:
     if not isinstance(right, Pattern):
-        raise InvalidInput(
-            f"{left!r} was combined with a {type(right).__name__}: wanted a pattern; from_mask(tensor) makes one"
-        )
+        raise InvalidInput(f"{left!r} was combined with {wanted_pattern(right)}")
     parts: list[Pattern] = []
     for side in (left, right):  # flat, so that (a & b) & c equals a & (b & c), and each part once
         for part in side.parts if isinstance(side, kind) else (side,):
-            if not any(part is each for each in parts):
+            if not any(_same(part, each) for each in parts):
                 parts.append(part)
     return kind(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def _same(one: Pattern, other: Pattern) -> bool:
+    return type(one) is type(other) and one == other  # of two kinds the tensors need no look
 
 
 def device_of(pattern: Pattern) -> torch.device:

@@ -10,8 +10,10 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.ranges import count_inside, hashed
+from foveate.pattern.strange import wanted_pattern
 from foveate.positions import Extent, Pairs, Tiles
-from foveate.values import Name, describe, whole
+from foveate.values import Name, booleans, whole
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,6 +73,7 @@ class RandomBlocks(Pattern):
         return f"random_blocks({self.count}, {self.block}, seed={self.seed})"
 
 
+@explained
 def random_blocks(count: int, block: int = 64, seed: int = 0) -> Pattern:
     """`count` random key blocks of `block` keys for every block of queries (BigBird, 2007.14062).
 
@@ -124,12 +127,11 @@ class Blocks(Pattern):
         return f"blocks({name(self.matrix)}, {self.block})"
 
 
+@explained
 def blocks(matrix: Tensor, block: int) -> Pattern:
     """Whole blocks, by position: boolean `[query blocks, key blocks]`, `[heads, …]` or `[batch, heads, …]`."""
-    if not isinstance(matrix, Tensor) or matrix.dtype != torch.bool or matrix.dim() not in (2, 3, 4):
-        given = describe(matrix) if isinstance(matrix, Tensor) else repr(matrix)
-        raise InvalidInput(f"blocks was given {given}: wanted a boolean tensor of 2, 3 or 4 dimensions")
-    return Blocks(matrix, whole(block, "the block size", 1))
+    found = booleans(matrix, "blocks", "a boolean tensor of 2, 3 or 4 dimensions", (2, 3, 4))
+    return Blocks(found, whole(block, "the block size", 1))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,6 +173,7 @@ class Blockwise(Pattern):
         return f"blockwise({self.pattern.write(name)}, {self.block})"
 
 
+@explained
 def blockwise(pattern: Pattern, block: int) -> Pattern:
     """`pattern` over blocks of `block` positions: `blockwise(window(2), 64)` sees the own block and one on each side.
 
@@ -182,5 +185,5 @@ def blockwise(pattern: Pattern, block: int) -> Pattern:
     1 1 1 1
     """
     if not isinstance(pattern, Pattern):
-        raise InvalidInput(f"blockwise was given a {type(pattern).__name__}: wanted a pattern")
+        raise InvalidInput(f"blockwise was given {wanted_pattern(pattern)}")
     return Blockwise(pattern, whole(block, "the block size", 1))

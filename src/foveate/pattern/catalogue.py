@@ -15,10 +15,12 @@ from foveate.pattern.gridded import neighborhood
 from foveate.pattern.packing import documents, padding
 from foveate.pattern.positional import causal, chunks, every, global_tokens, pooled, prefix, window
 from foveate.values import Held, read, whole
+from foveate.words import explained
 
 _near = window  # the compositions have an argument called window
 
 
+@explained
 def longformer(window: int = 512, positions: Iterable[int] | Tensor = (0,), *, step: int = 1) -> Pattern:
     """Longformer (2004.05150): window / 2 positions on each side, `step` apart, and some global tokens.
 
@@ -29,6 +31,7 @@ def longformer(window: int = 512, positions: Iterable[int] | Tensor = (0,), *, s
     return _near(whole(window, "longformer's window", 0) // 2 + 1, step=step) | global_tokens(positions)
 
 
+@explained
 def bigbird(block: int = 64, *, window_blocks: int = 3, random: int = 3, seed: int = 0) -> Pattern:
     """BigBird (2007.14062): a window of blocks, the first and the last block global, some random blocks.
 
@@ -40,6 +43,7 @@ def bigbird(block: int = 64, *, window_blocks: int = 3, random: int = 3, seed: i
     return blockwise(_near(reach) | global_tokens((0, -1)), block) | random_blocks(random, block, seed)
 
 
+@explained
 def streaming(first: int = 4, window: int = 1024) -> Pattern:
     """StreamingLLM's mask (2309.17453): the first tokens, as sinks for the weight, and a causal window.
 
@@ -53,6 +57,7 @@ def streaming(first: int = 4, window: int = 1024) -> Pattern:
     return causal & (_near(window) | prefix(first))
 
 
+@explained
 def strided(stride: int) -> Pattern:
     """Child et al.'s strided attention (1904.10509), both parts: the last `stride` keys, and every stride-th before.
 
@@ -70,6 +75,7 @@ def strided(stride: int) -> Pattern:
     return causal & (window(whole(stride, "strided's stride", 1)) | window(right=0, step=stride))
 
 
+@explained
 def fixed(stride: int, last: int = 1) -> Pattern:
     """Child et al.'s fixed attention (1904.10509), both parts: the own block, and the last keys of earlier blocks.
 

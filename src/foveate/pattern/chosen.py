@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Extent, Pairs
 from foveate.values import Name, describe, integers, whole
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,9 +70,7 @@ class Selected(Pattern):
             )
         if queries not in (1, extent.queries):
             reasons.append(f"{self!r} has {queries} rows but there are {extent.queries} queries")
-        indices = self.indices
-        without_data = indices.is_meta or isinstance(indices, torch._subclasses.FakeTensor)
-        if torch.compiler.is_compiling() or without_data:
+        if not is_known(self.indices):
             return reasons  # what makes the summary looks at the numbers then
         return reasons + self.outside(extent.keys)
 
@@ -92,6 +92,7 @@ class Selected(Pattern):
         return f"selected({name(self.indices)}{f', block={self.block}' if self.block > 1 else ''})"
 
 
+@explained
 def selected(indices: Int[Tensor, "batch heads queries k"], *, block: int = 1) -> Pattern:
     """The keys that are listed for each query: a selection that is made from the data, `fv.selection` say.
 

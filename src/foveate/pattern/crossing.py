@@ -21,10 +21,11 @@ _SUMMARY = "summary"
 
 def cannot_cross(pattern: Pattern | None, q: Tensor) -> list[str]:
     """Why a pattern cannot enter an operator beside this q: a rule where there is no data to summarise."""
-    without_data = torch.compiler.is_compiling() or q.is_meta or isinstance(q, torch._subclasses.FakeTensor)
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    without_data = recorded or q.is_meta or isinstance(q, torch._subclasses.FakeTensor)
     if pattern is None or not without_data or all(isinstance(thing, Tensor) for thing in pattern.spec()[1]):
         return []
-    return ["rule(fn) cannot enter a compiled graph or be known for tensors without data: compose named patterns"]
+    return ["rule(fn) cannot enter a compiled graph or a trace, or be known without data: compose named patterns"]
 
 
 def written(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
+from foveate.pattern.strange import wanted_pattern
 from foveate.positions import Extent, Pairs
-from foveate.values import Name, describe, mask_misfit
+from foveate.values import Name, as_tensor, booleans, describe, is_listed, mask_misfit
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +33,7 @@ class Rule(Pattern):
         return f"rule({name(self.function)})"
 
 
+@explained
 def rule(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Pattern:
     """Any function of (batch, head, query, key) index tensors that broadcasts and returns booleans.
 
@@ -64,11 +67,18 @@ class FromMask(Pattern):
         return f"from_mask({name(self.mask)})"
 
 
+def as_pattern(given: object) -> Pattern:
+    """What was given as the pattern of a call: one, or a boolean mask, which may be a list or an array."""
+    if isinstance(given, Pattern):
+        return given
+    mask = as_tensor(given, "the pattern", "booleans, True = may attend") if is_listed(given) else given
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise InvalidInput(f"the pattern is {wanted_pattern(mask)}")
+    return from_mask(mask)
+
+
+@explained
 def from_mask(mask: Tensor) -> Pattern:
     """A boolean tensor that broadcasts to `[batch, heads, queries, keys]`; True = may attend."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() > 4:
-        given = describe(mask) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidInput(
-            f"from_mask was given {given}: wanted a boolean tensor of at most 4 dimensions, True = may attend"
-        )
-    return FromMask(mask)
+    wanted = "a boolean tensor of at most 4 dimensions, True = may attend"
+    return FromMask(booleans(mask, "from_mask", wanted, range(5)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.pattern.algebra import Pattern
 from foveate.positions import Pairs, Tiles
 from foveate.values import Name, whole
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,6 +51,7 @@ class Neighborhood(Pattern):
         return f"neighborhood({self.reach + 1}, {self.width}{start})"
 
 
+@explained
 def neighborhood(size: int, width: int, *, start: int = 0) -> Pattern:
     """On a grid of `width` columns, read row by row: the places at most size − 1 rows and size − 1 columns away.
 

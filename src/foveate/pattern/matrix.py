@@ -22,7 +22,9 @@ def summarise_matrix(visible: Tensor, queries: int, keys: int) -> Summary:
     flags = torch.nn.functional.pad(flags, (0, -keys % TILE)) if keys % TILE else flags.contiguous()
     if flags.storage_offset() % 8:
         flags = flags.clone()  # eight bytes are read as one number, from where such numbers begin
-    packed = ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    if flags.numel() and int(flags.view(torch.uint8).amax()) > 1:  # memory of NumPy's: True is any byte but 0
+        flags = flags.view(torch.uint8).ne(0)
+    packed = (flags.view(torch.int64) * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
     rows = packed.view(torch.int64).expand(-1, -1, queries, -1)  # a word for each row of a tile
     words = torch.nn.functional.pad(rows, (0, 0, 0, -queries % TILE)).view(batch, heads, down, TILE, across).mT
     whole = torch.full((across, 1), -1, device=device)

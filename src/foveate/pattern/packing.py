@@ -12,7 +12,8 @@ from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, extremes_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
-from foveate.values import Name, describe, integers
+from foveate.values import Integers, Name, as_tensor, at_hand, dense, describe, extremes, integers
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,16 +97,32 @@ class PackedDocuments(Pattern):
         may = (low_q <= high_k) & (low_k <= high_q) & (high_q >= 0) & (low_q < past)
         return may, may & (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q >= 0)
 
+    def misfits(self, extent: Extent) -> list[str]:
+        reasons = super().misfits(extent)
+        if extent.batch is None or extent.last is None or not at_hand(self.cu_seqlens):
+            return reasons  # a picture may show a part of the text
+        most = max(extent.keys, extent.last)
+        if (end := int(self.cu_seqlens[-1])) > most:
+            reasons.append(
+                f"the last offset of {self!r} is {end}: wanted at most the {most} positions of the call, so give a "
+                f"part of the text offsets.clamp(max={most})"
+            )
+        return reasons
+
     def write(self, name: Name) -> str:
         return f"documents(cu_seqlens={name(self.cu_seqlens)})"
 
 
-def documents(ids: Tensor | None = None, key_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Pattern:
+@explained
+def documents(
+    ids: Integers | None = None, key_ids: Integers | None = None, *, cu_seqlens: Integers | None = None
+) -> Pattern:
     """Packed sequences: different documents never see each other, and a negative id belongs to none.
 
     `documents(ids)`: ids `[batch, length]` or `[length]` by absolute position, for queries and keys alike.
     `documents(query_ids, key_ids)`: apart, by row of q and of k (cross-attention).
-    `documents(cu_seqlens=)`: `[documents + 1]` offsets, as flash-attn's varlen calls take them.
+    `documents(cu_seqlens=)`: `[documents + 1]` offsets 0, len₁, len₁ + len₂, … as flash-attn's varlen calls take them;
+    tokens behind the last offset belong to no document and give 0.
 
     >>> import foveate as fv
     >>> print(fv.documents(torch.tensor([0, 0, 1])).picture(3, 3))
@@ -119,6 +136,8 @@ def documents(ids: Tensor | None = None, key_ids: Tensor | None = None, *, cu_se
         offsets = integers(cu_seqlens, "cu_seqlens", [1])
         if offsets.shape[0] < 1:
             raise InvalidInput("cu_seqlens is empty: wanted the offsets 0, len₁, len₁ + len₂, …")
+        if at_hand(offsets):
+            _check_offsets(offsets)
         return PackedDocuments(offsets)
     if ids is None:
         raise InvalidInput("documents was given nothing: give ids, or query_ids and key_ids, or cu_seqlens=")
@@ -126,6 +145,20 @@ def documents(ids: Tensor | None = None, key_ids: Tensor | None = None, *, cu_se
     if key_ids is None:
         return Documents(first)
     return DocumentPairs(first, integers(key_ids, "the key_ids of documents", [1, 2]))
+
+
+def _check_offsets(offsets: Tensor) -> None:
+    """Raise `InvalidInput` unless offsets start at 0 and never fall."""
+    if first := int(offsets[0]):
+        hint = "lengths become offsets by" if int(offsets.min()) > 0 else "wanted 0, len₁, len₁ + len₂, …, as of"
+        raise InvalidInput(f"cu_seqlens starts at {first}: {hint} torch.nn.functional.pad(lengths.cumsum(0), (1, 0))")
+    steps = offsets.diff()
+    if bool((steps < 0).any()):
+        at = int((steps < 0).nonzero()[0])
+        raise InvalidInput(
+            f"cu_seqlens falls from {int(offsets[at])} to {int(offsets[at + 1])}: wanted the offsets 0, len₁, "
+            "len₁ + len₂, …"
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,7 +175,14 @@ class PaddingLengths(Pattern):
         return tiles.key < length, tiles.key_end <= length
 
     def misfits(self, extent: Extent) -> list[str]:
-        return super().misfits(extent) + batch_misfit(self, [self.lengths], extent)
+        reasons = super().misfits(extent) + batch_misfit(self, [self.lengths], extent)
+        # A picture, which has no batch, may show a part of the keys.
+        if extent.batch is not None and at_hand(self.lengths) and (most := extremes(self.lengths)[1]) > extent.keys:
+            reasons.append(
+                f"{self!r} has a length of {most}: wanted at most the {extent.keys} keys of the call, so give a part "
+                f"of them lengths.clamp(max={extent.keys})"
+            )
+        return reasons
 
     def write(self, name: Name) -> str:
         return f"padding({name(self.lengths)})"
@@ -168,8 +208,11 @@ class PaddingKeep(Pattern):
         return f"padding({name(self.keep)})"
 
 
-def padding(real: Tensor) -> Pattern:
-    """Which keys are real: lengths `[batch]`, or a boolean `[batch, keys]` (True = real) for left padding.
+@explained
+def padding(real: Integers) -> Pattern:
+    """Which keys are real: lengths `[batch]`, from 0 to the keys there are, or `[batch, keys]` for left padding.
+
+    The latter holds booleans, True = real, or 1 and 0, as an `attention_mask` of Hugging Face does.
 
     >>> import foveate as fv
     >>> print(fv.padding(torch.tensor([2])).picture(3, 3))
@@ -177,11 +220,32 @@ def padding(real: Tensor) -> Pattern:
     1 1 .
     1 1 .
     """
-    if isinstance(real, Tensor) and real.dtype == torch.bool:
-        if real.dim() != 2:
-            raise InvalidInput(f"padding was given {describe(real)}: wanted a boolean [batch, keys] or lengths [batch]")
-        return PaddingKeep(real)
-    return PaddingLengths(integers(real, "padding's lengths", [1]))
+    given = dense(as_tensor(real, "what padding was given", "lengths [batch], or booleans [batch, keys]"), "padding")
+    if given.dtype == torch.bool:
+        if given.dim() != 2:
+            raise InvalidInput(
+                f"padding was given {describe(given)}: wanted a boolean [batch, keys] or lengths [batch]"
+            )
+        return PaddingKeep(given)
+    if given.dim() == 2:
+        return PaddingKeep(_ones(given))
+    lengths = integers(given, "padding's lengths", [1])
+    if at_hand(lengths) and (least := extremes(lengths)[0]) < 0:
+        raise InvalidInput(f"padding was given a length of {least}: wanted at least 0")
+    return PaddingLengths(lengths)
+
+
+def _ones(mask: Tensor) -> Tensor:
+    """A mask of 1 and 0 as booleans."""
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise InvalidInput(f"padding was given {describe(mask)}: wanted booleans, or integers 1 and 0; mask.bool()")
+    if at_hand(mask) and bool(((mask != 0) & (mask != 1)).any()):
+        low, high = extremes(mask.flatten())
+        raise InvalidInput(
+            f"padding was given {describe(mask)} with numbers from {low} to {high}: wanted 1 for a real key and 0 for "
+            "padding, or lengths [batch]"
+        )
+    return mask != 0
 
 
 def _with_batch(ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from foveate.pattern.algebra import Pattern
 from foveate.pattern.fit import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
-from foveate.values import Name, describe, integers, whole
+from foveate.values import Name, as_tensor, describe, integers, is_listed, whole
+from foveate.words import explained
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +69,7 @@ class Window(Pattern):
         return f"window(left={self.left}, right={self.right}{step})"
 
 
+@explained
 def window(size: int | None = None, *, left: int | None = None, right: int | None = None, step: int = 1) -> Pattern:
     """`window(w)`: a query's own position and the w − 1 positions on each side, `step` apart (dilation).
 
@@ -80,7 +83,7 @@ def window(size: int | None = None, *, left: int | None = None, right: int | Non
     1 1 1
     . 1 1
     """
-    whole(step, "window(step=)", 1)
+    step = whole(step, "window(step=)", 1)
     if size is None and left is None and right is None:
         raise InvalidInput("window was given no size: give window(w) or window(left=, right=)")
     if size is not None:
@@ -90,9 +93,10 @@ def window(size: int | None = None, *, left: int | None = None, right: int | Non
             )
         reach = (whole(size, "window's size", 1) - 1) * step
         return Window(reach, reach, step)
-    for side, name in ((left, "left"), (right, "right")):
-        if side is not None:
-            whole(side, f"window({name}=)", 0)
+    if left is not None:
+        left = whole(left, "window(left=)", 0)
+    if right is not None:
+        right = whole(right, "window(right=)", 0)
     return Window(left, right, step)
 
 
@@ -119,6 +123,7 @@ class Prefix(Pattern):
         return f"prefix({name(self.length) if isinstance(self.length, Tensor) else self.length})"
 
 
+@explained
 def prefix(length: int | Tensor) -> Pattern:
     """The first `length` keys, an int or an integer tensor `[batch]`; `causal | prefix(n)` is a prefix LM (1910.10683).
 
@@ -128,7 +133,7 @@ def prefix(length: int | Tensor) -> Pattern:
     1 1 .
     1 1 1
     """
-    if isinstance(length, Tensor):
+    if is_listed(length) or (isinstance(length, Tensor) and length.dim()):
         return Prefix(integers(length, "prefix's length", [1]))
     return Prefix(whole(length, "prefix's length", 0))
 
@@ -152,6 +157,7 @@ class Chunks(Pattern):
         return f"chunks({self.size})"
 
 
+@explained
 def chunks(size: int) -> Pattern:
     """Only inside the own chunk of `size` positions; `causal & chunks(8192)` is Llama 4's local attention.
 
@@ -187,6 +193,7 @@ class Every(Pattern):
         return f"every({self.stride}{f', {self.last}' if self.last > 1 else ''})"
 
 
+@explained
 def every(stride: int, last: int = 1) -> Pattern:
     """For everyone, the last `last` keys of each block of `stride`: places that can sum up what came before them.
 
@@ -195,7 +202,8 @@ def every(stride: int, last: int = 1) -> Pattern:
     . . 1 . . 1
     . . 1 . . 1
     """
-    if whole(last, "every's last", 1) > whole(stride, "every's stride", 1):
+    stride, last = whole(stride, "every's stride", 1), whole(last, "every's last", 1)
+    if last > stride:
         raise InvalidInput(
             f"every was given stride {stride} and last {last}: wanted at most as many keys as the stride"
         )
@@ -221,6 +229,7 @@ class Pooled(Pattern):
         return f"pooled({self.length}, {self.stride})"
 
 
+@explained
 def pooled(length: int, stride: int | None = None) -> Pattern:
     """Causality for keys that are each made of `length` positions, `stride` apart (None = length): only whole ones.
 
@@ -239,6 +248,7 @@ def pooled(length: int, stride: int | None = None) -> Pattern:
     return Pooled(size, size if stride is None else whole(stride, "pooled's stride", 1))
 
 
+_PLACES = "a list of whole numbers"
 _FEW = 8  # positions that are compared one by one, which FlexAttention can trace
 
 
@@ -284,6 +294,7 @@ class GlobalTokens(Pattern):
         return f"global_tokens({name(self.positions) if isinstance(self.positions, Tensor) else self.positions})"
 
 
+@explained
 def global_tokens(positions: Iterable[int] | Tensor) -> Pattern:
     """Positions that see everything and that everything sees (Longformer, 2004.05150).
 
@@ -295,16 +306,24 @@ def global_tokens(positions: Iterable[int] | Tensor) -> Pattern:
     1 1 .
     1 . 1
     """
+    if is_listed(positions) and (listed := as_tensor(positions, "what global_tokens was given", _PLACES)).dim() > 1:
+        positions = listed
     if isinstance(positions, Tensor):
         if positions.dtype == torch.bool:
             if positions.dim() != 2:
                 raise InvalidInput(f"global_tokens was given {describe(positions)}: wanted a boolean [batch, length]")
             return GlobalTokens(positions)
-        positions = integers(positions, "the positions of global_tokens", [1]).tolist()
+        positions = integers(positions, "the positions of global_tokens", [1])
+        if torch._C._get_tracing_state() is not None:
+            raise InvalidInput(
+                "global_tokens was given a tensor of positions in a trace, which would keep the numbers of today: give "
+                "a boolean tensor [batch, length], or a list"
+            )
+        positions = positions.tolist()
     places = tuple(positions) if isinstance(positions, Iterable) else (None,)
-    if not all(isinstance(place, int) and not isinstance(place, bool) for place in places):
-        raise InvalidInput(f"global_tokens was given {positions!r}: wanted a list of whole numbers")
-    return GlobalTokens(places)
+    if not all(isinstance(place, numbers.Integral) and not isinstance(place, bool) for place in places):
+        raise InvalidInput(f"global_tokens was given {positions!r}: wanted {_PLACES}")
+    return GlobalTokens(tuple(map(int, places)))
 
 
 def _from_the_end(pattern: Pattern, place: int, keys: int | None) -> int:

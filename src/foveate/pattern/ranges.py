@@ -73,9 +73,12 @@ def hashed(seed: int, first: Tensor, second: Tensor, third: int) -> Tensor:
 
 def lookup(table: Tensor, batch: Tensor, position: Tensor, outside: int | bool) -> Tensor:
     """table[batch, position], or `outside` for a position that the table does not have."""
-    row = batch if table.shape[0] > 1 else batch.new_zeros(())  # no batch dimension where there is no difference
-    length = table.shape[1]
+    same, length = table.shape[0] == 1, table.shape[1]  # no batch dimension where there is no difference
     if length == 0:
-        return torch.full_like(row + position, outside, dtype=table.dtype)
-    found = table[row, position.clamp(0, length - 1)]
-    return torch.where((position >= 0) & (position < length), found, outside)
+        return torch.full_like(position if same else batch + position, outside, dtype=table.dtype)
+    place = position.clamp(0, length - 1)
+    found = table[0][place] if same else table[batch, place]
+    inside = (position >= 0) & (position < length)
+    return (
+        found & inside if outside is False else torch.where(inside, found, outside)
+    )  # a trace has no bool for `where`

@@ -15,6 +15,7 @@ from foveate.dispatch import observe
 from foveate.errors import FoveateError, InvalidInput
 from foveate.problem import Problem
 from foveate.score import parse
+from foveate.words import explained
 
 
 @dataclass(repr=False)
@@ -69,6 +70,7 @@ class Seen:
         return call
 
 
+@explained
 @contextmanager
 def watch(model: nn.Module | None = None) -> Iterator[Seen]:
     """Record every attention call of `model` while the `with` runs.

@@ -10,6 +10,9 @@ Each gives a pattern, `selected(indices)`, so that attention, weights, gradients
 gradient goes through a choice.
 """
 
+from typing import TYPE_CHECKING
+
+from foveate.names import explained_names
 from foveate.selection.blocks import block_topk, moba
 from foveate.selection.compressed import compress, select
 from foveate.selection.indexer import lightning, lightning_loss, lightning_scores
@@ -27,3 +30,6 @@ __all__ = [
     "topk",
     "topk_of",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = explained_names(__name__)

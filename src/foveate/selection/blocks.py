@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.chosen import selected
@@ -19,10 +20,12 @@ from foveate.primitives import group, ungroup
 from foveate.problem import Problem, accumulator, problem
 from foveate.selection.choosing import by_rows, highest, how_many
 from foveate.values import whole
+from foveate.words import explained
 
 Pool = Literal["mean", "bounds"]
 
 
+@explained
 def block_topk(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch key_heads keys dim"],
@@ -69,6 +72,7 @@ def block_topk(
     return _blocks(call, block, top_k, pool, shared, own=False)
 
 
+@explained
 def moba(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch key_heads keys dim"],
@@ -188,7 +192,8 @@ def _shown(call: Problem, b: slice, rows: slice, block: int) -> tuple[Tensor, Te
         nothing = torch.zeros(shape, dtype=torch.bool, device=device)
         return nothing, nothing
     may, must = pattern.bounds(Tiles(batch, head, row, row + 1, query, query + 1, first, end, keys))
-    unsure = (may & ~must).nonzero().flatten()
+    some = may & ~must
+    unsure = some.nonzero().flatten() if is_known(some) else torch.arange(len(row), device=device)
     if len(unsure):
         key = first[unsure, None] + torch.arange(block, device=device)
         inside = key < keys

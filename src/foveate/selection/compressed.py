@@ -27,8 +27,10 @@ from foveate.primitives import normalized, raw_scores
 from foveate.problem import accumulator, problem
 from foveate.selection.choosing import by_rows, highest, how_many
 from foveate.values import describe, whole
+from foveate.words import explained
 
 
+@explained
 def compress(
     x: Float[Tensor, "batch heads length dim"],
     *,
@@ -58,6 +60,7 @@ def compress(
     return windows.mean(3) if network is None else network(windows)
 
 
+@explained
 def select(
     q: Float[Tensor, "batch heads queries dim"],
     compressed: Float[Tensor, "batch key_heads windows dim"],

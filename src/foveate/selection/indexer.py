@@ -20,11 +20,13 @@ from foveate.primitives import by_blocks, normalized, raw_scores
 from foveate.problem import Problem, accumulator, problem
 from foveate.score import Score
 from foveate.selection.choosing import by_rows, highest, how_many, within_reach
-from foveate.values import describe
+from foveate.values import describe, static_size
+from foveate.words import explained
 
 _ENTRIES = 1 << 20  # numbers of one kind at once, of which a part of the loss holds a dozen
 
 
+@explained
 def lightning_scores(
     q: Float[Tensor, "batch index_heads queries dim"],
     k: Float[Tensor, "batch 1 keys dim"],
@@ -48,6 +50,7 @@ def lightning_scores(
     return by_blocks(compute, [call.q, w], [call.k], [], _cost(call), _ENTRIES)[0]
 
 
+@explained
 def lightning(
     q: Float[Tensor, "batch index_heads queries dim"],
     k: Float[Tensor, "batch 1 keys dim"],
@@ -92,6 +95,7 @@ def lightning(
     return selected(by_rows(compute, [call.q, w], [call.k], _cost(call)))
 
 
+@explained
 def lightning_loss(
     q_i: Float[Tensor, "batch index_heads queries index_dim"],
     k_i: Float[Tensor, "batch 1 keys index_dim"],
@@ -190,7 +194,7 @@ def _indexer(
             f"wanted floats [batch, index heads, queries] = {list(q.shape[:3])} on {q.device}"
         )
     if scale is None:
-        scale = (max(q.shape[1], 1) * max(q.shape[3], 1)) ** -0.5
+        scale = (max(static_size(q.shape[1]), 1) * max(static_size(q.shape[3]), 1)) ** -0.5
     call = problem(q, k, k, None, scale=scale, query_start=start)
     if pattern is None:
         return call

@@ -10,15 +10,17 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.chosen import selected
-from foveate.pattern.given import from_mask
+from foveate.pattern.given import as_pattern
 from foveate.positions import grid
 from foveate.primitives import normalized, raw_scores
 from foveate.problem import accumulator, problem
 from foveate.score import Score
 from foveate.selection.choosing import by_rows, highest, how_many, within_reach
 from foveate.values import describe, floating
+from foveate.words import explained
 
 
+@explained
 def topk(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch key_heads keys dim"],
@@ -79,6 +81,7 @@ def topk(
     return selected(by_rows(compute, [call.q], [call.k], heads * keys))
 
 
+@explained
 def topk_of(
     scores: Float[Tensor, "batch heads queries keys"],
     pattern: Pattern | Tensor | None = None,
@@ -99,7 +102,7 @@ def topk_of(
     floating(scores, "scores", [4])
     batch, heads, queries, keys = scores.shape
     count = how_many(top_k, keys)
-    who = from_mask(pattern) if isinstance(pattern, Tensor) else pattern
+    who = None if pattern is None else as_pattern(pattern)
     if who is not None:
         who._check(batch, heads, queries, keys, query_start)
 
@@ -113,6 +116,7 @@ def topk_of(
     return selected(by_rows(compute, [scores], [], heads * keys))
 
 
+@explained
 def heavy_hitters(received: Float[Tensor, "batch heads keys"], *, top_k: int, key_heads: int | None = None) -> Pattern:
     """The `top_k` keys that received most attention, for every query alike: what a cache would keep of a long text.
 

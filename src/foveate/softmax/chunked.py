@@ -1,10 +1,11 @@
 """Exact attention in O(N · chunk) memory, forward and backward, in plain PyTorch on any device.
 
 Rows are computed a tile at a time over segments of their visible keys; a running maximum keeps the sum exact,
-and the backward pass computes the weights again from the saved log-sum-exp instead of storing them:
+and the backward pass computes the weights again from the saved maximum and total instead of storing them. A rounded
+log-sum-exp would cost as many of their digits as it has before its point.
 
     forward   top, total, sum  ←  rescaled by exp(old top − new top), plus this segment
-    backward  dS = P ∘ (dO·vᵀ − Σ dO ∘ O + d lse),  P = exp(S − lse)
+    backward  dS = P ∘ (dO·vᵀ − Σ dO ∘ O + d lse),  P = exp(S − top) / total
 
 Other normalizers than softmax need all visible keys of a row at once: O(N · rows at once) memory, forward and backward.
 
@@ -16,6 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +28,11 @@ from foveate.normalizers import parse as parse_normalizer
 from foveate.pattern.crossing import cannot_cross, tiles, written
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, grid
-from foveate.primitives import dropout_mask, group, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, raw_scores, room_for_out, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator, without_autocast
 from foveate.score import Score
 from foveate.score import parse as parse_score
+from foveate.slicewise import slicewise
 
 _TILE = 128  # rows at once, and the grain at which empty tiles are skipped
 _KEYS = 2048  # keys at once: a segment's scores stay in the cache
@@ -45,8 +48,6 @@ def refuses(problem: Problem) -> list[str]:
     reasons = []
     if problem.is_transformed:
         reasons.append('it has no vmap and no forward derivative: backend="reference" has')
-    if problem.dropout and problem.seed is None and torch.compiler.is_compiling():
-        reasons.append("dropout inside a compiled graph needs seed=")
     return reasons + cannot_cross(problem.pattern, problem.q)
 
 
@@ -54,11 +55,12 @@ def run(problem: Problem) -> Result:
     """Hand the problem to the operator as tensors and strings, which is all that a graph can hold."""
     pattern, held = written(problem.pattern, *problem.shape, problem.query_start, _TILE)
     score, tensors = problem.score.spec() if problem.score is not None else ("", [])
-    varying = isinstance(problem.query_start, Tensor)
-    out, lse = _forward_op(
+    varying, drawn = isinstance(problem.query_start, Tensor), isinstance(problem.seed, Tensor)
+    out, lse, _ = _forward_op(
         problem.q, problem.k, problem.v, held, tensors,
-        problem.query_start if varying else None, 0 if varying else problem.query_start,
-        pattern, score, problem.scale, problem.dropout, problem.seed or 0,
+        problem.query_start if varying else None, problem.seed if drawn else None,
+        0 if varying else problem.query_start, pattern, score, problem.scale, problem.dropout,
+        0 if drawn or problem.seed is None else problem.seed,
         "" if problem.normalizer is None else repr(problem.normalizer),
     )  # fmt: skip
     return Result(out, None if problem.normalizer is not None else lse)
@@ -76,7 +78,7 @@ class _Call:
     start: int | Tensor
     scale: float
     dropout: float
-    seed: int
+    seed: int | Tensor
     normalizer: Rowwise | None
     finite: bool
 
@@ -201,7 +203,8 @@ class _Call:
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> _Call:  # fmt: skip
     position = start if starts is None else starts
     summary = tiles(pattern, held, q.shape[0], q.shape[1], q.shape[2], k.shape[2], position, _TILE)
@@ -211,18 +214,20 @@ def _call(
     finite = all(_is_finite(x) for x in (q, k, v))
     parsed = parse_score(score, tensors) if score else None
     rowwise = parse_normalizer(normalizer) if normalizer else None
-    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed, rowwise, finite)
+    return _Call(q, k, v, summary, parsed, position, scale, dropout, seed if drawn is None else drawn, rowwise, finite)
 
 
 @torch.library.custom_op("foveate::chunked_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call = _call(q, k, v, held, tensors, starts, drawn, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = room_for_out(q, v.shape[3]).zero_()
     lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+    over = torch.zeros(2, *q.shape[:3], 1, dtype=wide, device=q.device)  # the maximum of every row, and its total
     if call.normalizer is not None:
         for box, segments in call.whole_rows():
             scores, _, kept = call.row(box, segments)
@@ -230,7 +235,7 @@ def _forward_op(
             values = torch.cat([v[box[0], call.key_heads(box[1]), keys] for keys, _ in segments], 2).to(wide)
             given = group(weights if kept is None else weights * kept, values)
             out[box[:3]] = ungroup(given @ values if call.finite else weigh(given, values), scores).to(q.dtype)
-        return out, lse
+        return out, lse, over
     for (b, h, rows, _), segments in call.rows():
         here = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start, 1)
         sinks = call.sinks(h)
@@ -257,24 +262,28 @@ def _forward_op(
         total = total.masked_fill(empty, 1)
         out[b, h, rows] = (summed / total).to(q.dtype)
         lse[b, h, rows] = (total.log() + top.masked_fill(empty, -math.inf)).squeeze(-1)
-    return out, lse
+        over[0, b, h, rows], over[1, b, h, rows] = top.masked_fill(empty, 0), total
+    return out, lse, over
 
 
 @_forward_op.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lse, over = (q.new_empty(shape, dtype=accumulator(q.dtype)) for shape in (q.shape[:3], (2, *q.shape[:3], 1)))
+    return room_for_out(q, v.shape[3]), lse, over
 
 
 @torch.library.custom_op("foveate::chunked_backward", mutates_args=())
 def _backward_op(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor, out: Tensor, over: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
-    call = _call(q, k, v, held, tensors, starts, start, pattern, score, scale, dropout, seed, normalizer)
+    call = _call(q, k, v, held, tensors, starts, drawn, start, pattern, score, scale, dropout, seed, normalizer)
     wide = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     # One entry of a slope or a table collects from a whole matrix: float64 where there is any.
@@ -284,20 +293,27 @@ def _backward_op(
         _rowwise_backward(call, call.normalizer, d_out.to(wide), dq, dk, dv, d_tensors)
         return [gradient.to(x.dtype) for gradient, x in zip((dq, dk, dv, *d_tensors), (q, k, v, *tensors), strict=True)]
     # Σ dO ∘ O is what the softmax takes back from every score of a row; the gradient of lse gives it.
-    taken = (d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse.to(wide)[..., None]
-    base = lse.masked_fill(lse == -math.inf, 0)[..., None]
+    given_lse = d_lse.to(wide)[..., None]
+    top, total = over
+    # The total divides what is given to a row, and not its many weights.
+    taken = ((d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - given_lse) / total
+    d_values = d_out.to(wide) / total
+    single = total == 1  # one key has all the weight: of its score's gradient only that of the log-sum-exp is left
+    some_single = bool(single.any())
     biases = _tensors_of_terms(call.score, d_tensors)
     for (b, h, rows, _), segments in call.rows():
         heads = call.key_heads(h)
-        q_rows, d_rows = _clean(q[b, h, rows].to(wide), call.finite), d_out[b, h, rows].to(wide)
+        here = (b, h, rows)
+        ones = single[here] if some_single and bool(single[here].any()) else None
+        q_rows, d_rows = _clean(q[here].to(wide), call.finite), d_values[here]
         sinks = call.sinks(h)
         if sinks is not None:
-            share = (sinks - base[b, h, rows]).exp()
-            biases["sinks"][h] -= (share * taken[b, h, rows]).to(fine).sum((0, 2, 3))
+            share = (sinks - top[here]).exp()
+            biases["sinks"][h] -= (share * taken[here]).to(fine).sum((0, 2, 3))
         for keys, masks in segments:
             box = (b, h, rows, keys)
             scores, capped = call.scores(box, masks)
-            weights = (scores - base[b, h, rows]).exp_().masked_fill_(scores == -math.inf, 0)
+            weights = (scores - top[here]).exp_().masked_fill_(scores == -math.inf, 0)
             k_rows, v_rows = (_clean(x[b, heads, keys].to(wide), call.finite) for x in (k, v))
             d_weights = ungroup(group(d_rows, v_rows) @ v_rows.mT, q_rows)
             kept = call.kept(box)
@@ -305,11 +321,13 @@ def _backward_op(
             dv[b, heads, keys] += group(given, v_rows).mT @ group(d_rows, v_rows)
             if kept is not None:
                 d_weights = d_weights * kept
-            d_scores = (d_weights - taken[b, h, rows]).mul_(weights).masked_fill_(weights == 0, 0)
+            d_scores = (d_weights - taken[here]).mul_(weights).masked_fill_(weights == 0, 0)
+            if ones is not None:
+                d_scores = d_scores.where(~ones, weights * given_lse[here])
             _collect(call, d_scores, box, biases, fine)
             d_scores = _uncap(call, d_scores, capped, weights)
             d_scores = group(d_scores.mul_(scale), k_rows)
-            dq[b, h, rows] += ungroup(d_scores @ k_rows, q_rows)
+            dq[here] += ungroup(d_scores @ k_rows, q_rows)
             dk[b, heads, keys] += d_scores.mT @ group(q_rows, k_rows)
     pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, tensors, strict=True)]
     return [gradient.to(x.dtype) for gradient, x in pairs]
@@ -317,9 +335,10 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor, out: Tensor, over: Tensor,
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    start: int, pattern: str, score: str, scale: float, dropout: float, seed: int, normalizer: str,
+    drawn: Tensor | None, start: int, pattern: str, score: str, scale: float, dropout: float, seed: int,
+    normalizer: str,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *tensors)]
 
@@ -370,31 +389,33 @@ def _uncap(call: _Call, d_scores: Tensor, capped: Tensor, weights: Tensor) -> Te
     return (d_scores * (1 - (capped / call.score.softcap.cap) ** 2)).masked_fill_(weights == 0, 0)
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, held, tensors, starts, *rest = inputs
-    ctx.counts = len(held), len(tensors)  # type: ignore[attr-defined,arg-type]
-    ctx.rest = rest  # type: ignore[attr-defined]
-    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(() if starts is None else (starts,)))  # type: ignore[arg-type,misc]
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, held, tensors, *given = inputs
+    ctx.counts = len(held), len(tensors)
+    ctx.present = [x is not None for x in given[:2]]
+    ctx.rest = given[2:]
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(x for x in given[:2] if x is not None))
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_lse: Tensor) -> tuple[object, ...]:
-    held, tensors = ctx.counts  # type: ignore[attr-defined]
-    out, lse, q, k, v, *more = ctx.saved_tensors  # type: ignore[attr-defined]
-    starts = more[held + tensors] if len(more) > held + tensors else None
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor, d_over: Tensor) -> tuple[object, ...]:
+    held, tensors = ctx.counts
+    out, _, over, q, k, v, *more = ctx.saved_tensors
+    extra = iter(more[held + tensors :])
+    optional = [next(extra) if present else None for present in ctx.present]
     with without_autocast(q.device):
         dq, dk, dv, *d_tensors = _backward_op(
-            d_out, d_lse, out, lse, q, k, v, more[:held], more[held : held + tensors], starts,
-            *ctx.rest,  # type: ignore[attr-defined]
-        )  # fmt: skip
-    return dq, dk, dv, [None] * held, d_tensors, *[None] * (1 + len(ctx.rest))  # type: ignore[attr-defined]
+            d_out, d_lse, out, over, q, k, v, more[:held], more[held : held + tensors], *optional, *ctx.rest
+        )
+    return dq, dk, dv, [None] * held, d_tensors, *[None] * (len(optional) + len(ctx.rest))
 
 
-def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *gradients: object) -> None:
+def _no_second_derivative(ctx: Any, *gradients: object) -> None:
     raise unsupported({"chunked": ['has no second derivative: use backend="reference", which has']})
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+slicewise(_backward_op)
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from foveate.pattern.memory import summarise
 from foveate.pattern.summary import Summary
 from foveate.positions import Pairs, starts
-from foveate.primitives import without_unseen
+from foveate.primitives import laid_out_as, without_unseen
 from foveate.problem import Problem, Result, accumulator
 from foveate.score import Bias
 
@@ -76,7 +76,7 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
         return_aux=_module().AuxRequest(lse=True) if needs_lse else None,
     )
     if not needs_lse:
-        return Result(answer, None)
+        return Result(laid_out_as(problem.q, answer), None)
     out, lse = answer[0], answer[1].lse.to(accumulator(q.dtype))
     if problem.score is not None and problem.score.sinks is not None:
         # A sink only enlarges the denominator: exp(lse) becomes exp(lse) + exp(sink).
@@ -84,7 +84,7 @@ def run(problem: Problem, *, compiled: bool = True) -> Result:
         with_sink = torch.logaddexp(lse, logits)
         share = torch.where(with_sink == -math.inf, 0, (lse - with_sink.masked_fill(with_sink == -math.inf, 0)).exp())
         out, lse = (out * share[..., None]).to(out.dtype), with_sink
-    return Result(out, lse)
+    return Result(laid_out_as(problem.q, out), lse)
 
 
 @functools.cache

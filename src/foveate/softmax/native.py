@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.eager import is_eager
 from foveate.errors import InvalidInput, unsupported
 from foveate.pattern.crossing import cannot_cross, listed, tiles, written
 from foveate.pattern.lists import Lists
 from foveate.pattern.reach import Reach, reach
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
-from foveate.primitives import readable
-from foveate.problem import Problem, Result, is_eager, without_autocast
+from foveate.primitives import readable, room_for_out
+from foveate.problem import Problem, Result, without_autocast
 from foveate.score import Bias, Score
 from foveate.score import parse as parse_score
+from foveate.slicewise import slicewise
+from foveate.values import extremes
 
 try:
     from foveate import _native
@@ -35,6 +38,7 @@ if _native is not None:
 TILE = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = -1
+_KEPT, _SUNK = 4, 2  # numbers that the kernel keeps of a row, and which of them is the share of its sink
 _FAR = 1 << 61  # further than any key is: positions are added to a limit in 64 bits
 
 NO_LISTS: tuple[int, ...] = (0, 0, 0, 0, 0, 1, 1, 8, 0)  # of chosen keys: every key is a candidate
@@ -70,13 +74,14 @@ class _Arguments(NamedTuple):
     """What crosses into the operators beside q, k and v.
 
     Without a `pattern` string a query sees the keys from `left` before to `right` behind it (−1: no limit), of batch
-    row b the first lengths[b]. `starts`, if it is there, goes before `start`.
+    row b the first lengths[b]. `starts` and `drawn`, if they are there, go before `start` and `seed`.
     """
 
     held: Sequence[Tensor]
     tensors: Sequence[Tensor]
     starts: Tensor | None
     lengths: Tensor | None
+    drawn: Tensor | None
     start: int
     left: int
     right: int
@@ -88,11 +93,15 @@ class _Arguments(NamedTuple):
     kernel: str
     threads: int
 
+    def beside(self) -> list[Tensor]:
+        """Every tensor of them."""
+        return [*self.held, *self.tensors, *(x for x in (self.starts, self.lengths, self.drawn) if x is not None)]
+
 
 def _run(problem: Problem, kernel: str = "", threads: int = 0) -> tuple[Tensor, Tensor]:
     """On a named kernel ("" = the best one) and so many threads (0 = as torch), so that tests reach every kernel."""
     arguments = _arguments(problem, kernel, threads)
-    if not is_eager(problem.q, problem.k, problem.v):
+    if not is_eager(problem.q, problem.k, problem.v, *arguments.beside()):
         out, lse, _ = _forward_op(problem.q, problem.k, problem.v, *arguments)
     elif problem.needs_gradient:  # nothing has to see an operator, which costs more than a short call
         tensors = (problem.q, problem.k, problem.v)
@@ -113,9 +122,11 @@ def _arguments(problem: Problem, kernel: str, threads: int) -> _Arguments:
     else:
         pattern, held = written(problem.pattern, *problem.shape, problem.query_start, TILE)
         lengths, left, right = None, _NO_LIMIT, _NO_LIMIT
+    drawn = problem.seed if isinstance(problem.seed, Tensor) else None
+    seed = problem.seed if isinstance(problem.seed, int | torch.SymInt) else 0
     return _Arguments(
-        held, tensors, starts, lengths, start, left, right, pattern, score, problem.scale, problem.dropout,
-        problem.seed or 0, kernel, threads,
+        held, tensors, starts, lengths, drawn, start, left, right, pattern, score, problem.scale, problem.dropout,
+        seed, kernel, threads,
     )  # fmt: skip
 
 
@@ -151,7 +162,7 @@ def direct(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor] | Non
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = readable(q), readable(k), readable(v)
-        out, lse = _new_out(q, v), _floats(q.shape[:3])  # named: the kernel writes to both
+        out, lse = room_for_out(q, v.shape[3]), _floats(q.shape[:3])  # named: the kernel writes to both
         _native.forward(*bare(q, k, v, out, lse, scale, reach_at))
         return out
 
@@ -171,11 +182,6 @@ def _sides(simple: Reach) -> tuple[int, int]:
     """How far a reach goes to the left and to the right."""
     left, right = (_NO_LIMIT if side is None else min(side, _FAR) for side in (simple.left, simple.right))
     return left, right
-
-
-def _new_out(q: Tensor, v: Tensor) -> Tensor:
-    """Rows lie as a linear map reads them, [batch, length, heads, dim]: nothing is copied on the way to it."""
-    return torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype, device="cpu").transpose(1, 2)
 
 
 class _Call:
@@ -241,8 +247,8 @@ class _Call:
             self.pages, 0.0 if self.score is None or self.score.softcap is None else self.score.softcap.cap,
             (0, 0, 0) if distances is None else (distances.data_ptr(), *_steps(distances, 2)),
             NO_BIAS if bias is None else (bias.data_ptr(), *_steps(bias, 4)),
-            self.sinks, given.seed, given.dropout, reach_at, tiles_at, chosen_at, given.kernel,
-            given.threads or torch.get_num_threads(),
+            self.sinks, given.seed if given.drawn is None else int(given.drawn), given.dropout, reach_at, tiles_at,
+            chosen_at, given.kernel, given.threads or torch.get_num_threads(),
         )  # fmt: skip
 
     def _chosen(self, lists: Lists) -> tuple[tuple[Tensor | None, int, int], tuple[int, ...]]:
@@ -291,9 +297,9 @@ class _Call:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: _Arguments, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, log-sum-exp, what rounding to float32 took from that): the backward pass is the finer for the last."""
-    out = _new_out(q, v)
-    lse, rest = _floats(q.shape[:3]), _floats(q.shape[:3])
+    """(out, log-sum-exp, four numbers of every row from which the backward pass makes its weights again)."""
+    out = room_for_out(q, v.shape[3])
+    lse, rest = _floats(q.shape[:3]), _floats((*q.shape[:3], _KEPT))
     if out.numel() or lse.numel():
         call = _Call(q, k, v, given, pages)  # named, so that what it holds lives until the kernel is done
         _native.forward(*call.arguments(out, lse, rest, call.lists()))
@@ -322,9 +328,11 @@ def _backward(
         d_distances = None
         if by_distance and call.distances is not None:
             d_distances = _zeros(call.distances.shape, torch.float64)
-        d_lse = d_lse.float().contiguous()
+        d_lse, lists = d_lse.float().contiguous(), call.lists(wanted)
+        # By tiles what was gathered: sums in another order, so that what was kept of them is of no use.
+        kept = None if any(wanted) and lists is None and call.lists() is not None else rest.contiguous()
         _native.backward(
-            *call.arguments(out, lse.contiguous(), rest.contiguous(), call.lists(wanted)), _matrix(d_out),
+            *call.arguments(out, lse.contiguous(), kept, lists), _matrix(d_out),
             d_lse.data_ptr(), (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
             (0, 0, 0, 0, 0) if d_bias is None else (d_bias.data_ptr(), *d_bias.shape),
             (0, 1) if d_distances is None else (d_distances.data_ptr(), d_distances.shape[0]),
@@ -336,9 +344,7 @@ def _backward(
                 term.collect(d_distances[..., None], call.along_distances(), terms[term][0])
         if call.score is not None and call.score.sinks is not None and terms[call.score.sinks][1]:
             taken = (d_out.double() * out.double()).sum(-1) - d_lse
-            share = (call.score.sinks.logits.double()[:, None] - lse.double() - rest.double()).exp()
-            share = share.masked_fill(lse == -torch.inf, 0)
-            terms[call.score.sinks][0].sub_((share * taken).sum((0, 2)))
+            terms[call.score.sinks][0].sub_((rest[..., _SUNK] * taken).sum((0, 2)))
     pairs = [*zip((dq, dk, dv), (q, k, v), strict=True), *zip(d_tensors, given.tensors, strict=True)]
     return [gradient.to(x.dtype) for gradient, x in pairs]
 
@@ -353,30 +359,29 @@ def _holders(score: Score | None) -> list[Any]:
 @torch.library.custom_op("foveate::native_forward", mutates_args=(), device_types="cpu")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
-    seed: int, kernel: str, threads: int,
+    lengths: Tensor | None, drawn: Tensor | None, start: int, left: int, right: int, pattern: str, score: str,
+    scale: float, dropout: float, seed: int, kernel: str, threads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, _Arguments(
-        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+        held, tensors, starts, lengths, drawn, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
     ))  # fmt: skip
 
 
 @_forward_op.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, lse, rest
+    lse, rest = (q.new_empty((*q.shape[:3], *more), dtype=torch.float32) for more in ((), (_KEPT,)))
+    return room_for_out(q, v.shape[3]), lse, rest
 
 
 @torch.library.custom_op("foveate::native_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, wanted: Sequence[bool],
     q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor], starts: Tensor | None,
-    lengths: Tensor | None, start: int, left: int, right: int, pattern: str, score: str, scale: float, dropout: float,
-    seed: int, kernel: str, threads: int,
+    lengths: Tensor | None, drawn: Tensor | None, start: int, left: int, right: int, pattern: str, score: str,
+    scale: float, dropout: float, seed: int, kernel: str, threads: int,
 ) -> list[Tensor]:  # fmt: skip
     return _backward(d_out, d_lse, out, lse, rest, q, k, v, _Arguments(
-        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+        held, tensors, starts, lengths, drawn, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
     ), wanted)  # fmt: skip
 
 
@@ -389,30 +394,29 @@ def _backward_fake(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, held, tensors, starts, lengths, *rest = inputs
-    ctx.counts = len(held), len(tensors), starts is not None, lengths is not None
-    ctx.rest = rest
+    q, k, v, held, tensors, *given = inputs
+    ctx.counts = len(held), len(tensors)
+    ctx.present = [x is not None for x in given[:3]]
+    ctx.rest = given[3:]
     ctx.wanted = [x.requires_grad for x in tensors]
-    extra = [x for x in (starts, lengths) if x is not None]
-    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *extra)
+    ctx.save_for_backward(*output, q, k, v, *held, *tensors, *(x for x in given[:3] if x is not None))
 
 
 def _remembered(ctx: Any) -> tuple[tuple[Tensor, ...], _Arguments]:
-    """(out, log-sum-exp, what rounding took from it, q, k, v), and what else there was."""
-    held, tensors, has_starts, has_lengths = ctx.counts
+    """(out, log-sum-exp, what else was kept of the rows, q, k, v), and what else there was."""
+    held, tensors = ctx.counts
     everything = ctx.saved_tensors  # asked for once, or a checkpoint refuses
     saved, more = everything[:6], list(everything[6:])
-    extra = more[held + tensors :]
-    starts = extra.pop(0) if has_starts else None
-    lengths = extra.pop(0) if has_lengths else None
-    return saved, _Arguments(more[:held], more[held : held + tensors], starts, lengths, *ctx.rest)
+    extra = iter(more[held + tensors :])
+    optional: list[Any] = [next(extra) if present else None for present in ctx.present]
+    return saved, _Arguments(more[:held], more[held : held + tensors], *optional, *ctx.rest)
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor, d_rest: Tensor) -> tuple[Any, ...]:
     saved, given = _remembered(ctx)
     with without_autocast(d_out.device):
         dq, dk, dv, *d_tensors = _backward_op(d_out, d_lse, *saved[:3], ctx.wanted, *saved[3:], *given)
-    return dq, dk, dv, [None] * len(given.held), d_tensors, *[None] * (2 + len(ctx.rest))
+    return dq, dk, dv, [None] * len(given.held), d_tensors, *[None] * (len(ctx.present) + len(ctx.rest))
 
 
 def _no_second_derivative(ctx: Any, *gradients: object) -> None:
@@ -433,7 +437,8 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         (out, lse, rest, q, k, v), given = _remembered(ctx)
-        if torch.is_grad_enabled():  # for a second derivative: the operator says that there is none
+        # For a second derivative, of which the operator says that there is none; or batched, or not yet written out.
+        if torch.is_grad_enabled() or not is_eager(d_out, d_lse):
             dq, dk, dv, *d_tensors = _backward_op(d_out, d_lse, out, lse, rest, ctx.wanted, q, k, v, *given)
         else:
             with without_autocast(q.device):
@@ -443,6 +448,7 @@ class _Differentiated(torch.autograd.Function):
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
 _backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+slicewise(_backward_op)
 
 
 class Pages(NamedTuple):
@@ -462,14 +468,19 @@ class Pages(NamedTuple):
         """How many keys a batch row can have."""
         return self.table.shape[1] * self.size
 
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Raise `InvalidInput` if a length is longer than the pages."""
+        low, high = extremes(lengths)
+        if low < 0 or high > self.capacity:
+            raise InvalidInput(
+                f"lengths is {lengths.tolist()}: wanted 0 to {self.capacity}, as many keys as {self.table.shape[1]} "
+                f"pages of {self.size} hold"
+            )
+
     def check(self, lengths: Tensor) -> None:
         """Raise `InvalidInput` if a length is longer than the pages, or a page that it needs is not there."""
+        self.check_lengths(lengths)
         count, places = self.key_pages.shape[0], self.table.shape[1]
-        if bool(((lengths < 0) | (lengths > self.capacity)).any()):
-            raise InvalidInput(
-                f"lengths is {lengths.tolist()}: wanted 0 to {self.capacity}, as many keys as {places} pages of "
-                f"{self.size} hold"
-            )
         needed = torch.arange(places, device=self.table.device) * self.size < lengths[:, None]
         outside = needed & ((self.table < 0) | (self.table >= count))
         if bool(outside.any()):
@@ -483,20 +494,20 @@ class Pages(NamedTuple):
 def run_paged(problem: Problem, pages: Pages, lengths: Tensor, kernel: str = "") -> Result:
     """A problem whose k and v only say their shapes: they lie in pages, which are read where they are."""
     given = _arguments(problem, kernel, 0)._replace(lengths=lengths)  # no page past a length is touched
-    run = _paged if is_eager(problem.q, pages.key_pages, pages.value_pages) else _paged_op
+    run = _paged if is_eager(problem.q, *pages, *given.beside()) else _paged_op
     return Result(*run(problem.q, pages.key_pages, pages.value_pages, pages.table, *given))  # type: ignore[arg-type]
 
 
 def _paged(
     q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, held: Sequence[Tensor], tensors: Sequence[Tensor],
-    starts: Tensor | None, lengths: Tensor, start: int, left: int, right: int, pattern: str, score: str, scale: float,
-    dropout: float, seed: int, kernel: str, threads: int,
+    starts: Tensor | None, lengths: Tensor, drawn: Tensor | None, start: int, left: int, right: int, pattern: str,
+    score: str, scale: float, dropout: float, seed: int, kernel: str, threads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, log-sum-exp); what the table and the lengths say is checked here, where a graph has numbers too."""
     pages = Pages(key_pages, value_pages, table)
     pages.check(lengths)
     given = _Arguments(
-        held, tensors, starts, lengths, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
+        held, tensors, starts, lengths, drawn, start, left, right, pattern, score, scale, dropout, seed, kernel, threads
     )
     out, lse, _ = _forward(q, key_pages, value_pages, given, pages)
     return out, lse

@@ -8,7 +8,7 @@ It holds the whole matrix, differentiates twice, and takes any float dtype (sums
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: https://arxiv.org/abs/1706.03762
 """
 
-from foveate.primitives import dropout_mask, group, normalized, raw_scores, ungroup, weigh
+from foveate.primitives import dropout_mask, group, laid_out_as, normalized, raw_scores, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator
 
 
@@ -25,7 +25,8 @@ def run(problem: Problem) -> Result:
     scores = raw_scores(q.to(wide), k.to(wide)) * problem.scale
     weights, _, lse = normalized(problem, scores, at)
     if problem.dropout:
-        kept = dropout_mask(problem.seed or 0, problem.dropout, at.batch, at.head, at.query, at.key)
+        assert problem.seed is not None
+        kept = dropout_mask(problem.seed, problem.dropout, at.batch, at.head, at.query, at.key)
         weights = weights * kept / (1 - problem.dropout)
     out = ungroup(weigh(group(weights, k), v.to(wide)), q)
-    return Result(out.to(q.dtype), lse)
+    return Result(laid_out_as(q, out.to(q.dtype)), lse)

@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.pattern.given import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
-from foveate.primitives import group, ungroup, without_unseen
+from foveate.primitives import group, laid_out_as, ungroup, without_unseen
 from foveate.problem import Problem, Result
 from foveate.score import Bias
 from foveate.values import describe
@@ -28,6 +28,8 @@ def refuses(problem: Problem) -> list[str]:
     """Every reason for which a fused kernel would compute something else, or an n×n fallback would run."""
     q, v = problem.q, problem.v
     reasons = []
+    if torch.autograd.forward_ad._current_level >= 0:
+        reasons.append('has no forward derivative: backend="reference" has')
     if problem.needs_lse:
         reasons.append("returns no log-sum-exp")
     if problem.normalizer is not None:
@@ -103,9 +105,9 @@ def run(problem: Problem) -> Result:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
         mask, causal = mask.tril() if causal else mask, False
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=causal, scale=problem.scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
-    return Result(ungroup(out, problem.q), None)
+    return Result(laid_out_as(problem.q, ungroup(out, problem.q)), None)
 
 
 def _sees_all(problem: Problem) -> bool:

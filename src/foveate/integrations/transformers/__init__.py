@@ -6,9 +6,8 @@ future. Importing this registers them.
 
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.cache import GrowingCache
-from foveate.integrations.transformers.masks import Mask, mask
+from foveate.integrations.transformers.masks import mask
 from foveate.integrations.transformers.patching import (
-    NAME,
     Patched,
     is_patched,
     patch,
@@ -16,6 +15,8 @@ from foveate.integrations.transformers.patching import (
     unpatch,
     unregister,
 )
+from foveate.integrations.transformers.standing import Mask
+from foveate.integrations.transformers.switching import NAME
 
 __all__ = [
     "NAME",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import numbers
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -24,18 +26,37 @@ def attention_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]
         elif kinds[type(module)] == "bypassed":
             bypassed.add(type(module).__name__)
     if not reached:
-        beside = f"; {', '.join(sorted(bypassed))} compute their own" if bypassed else ""
-        raise InvalidInput(
-            f"{type(model).__name__} has no layer that calls transformers' attention interface, so foveate cannot "
-            f"reach it{beside}: use a model whose documentation lists attn_implementation="
-        )
+        raise InvalidInput(_why_none(model))
     return reached, sorted(bypassed)
+
+
+def _why_none(model: nn.Module) -> str:
+    """Why no layer of a model can be reached, and what to do."""
+    name = type(model).__name__
+    kinds = {type(module) for module in model.modules()}
+    own = [kind for kind in kinds if kind_of(kind) == "bypassed"] or list(filter(_is_called_attention, kinds))
+    if own:
+        names = ", ".join(sorted(kind.__name__ for kind in own))
+        return (
+            f"{name} has no layer that calls transformers' attention interface, so foveate cannot reach it; "
+            f"{names} compute their own: use a model whose documentation lists attn_implementation="
+        )
+    there = vars(sys.modules[type(model).__module__]).values()
+    known = sorted(kind.__name__ for kind in there if isinstance(kind, type) and kind_of(kind) == "reached")
+    if known:
+        return (
+            f"{name} has no attention layer, for its configuration makes none: there is nothing to patch; "
+            f"patch reaches {', '.join(known)} where a configuration asks for it"
+        )
+    return f"{name} has no attention layer: there is nothing to patch"
 
 
 def kind_of(kind: type) -> str:
     """Whether layers of this class call the interface ("reached"), or compute attention themselves ("bypassed")."""
     if kind is nn.MultiheadAttention:
         return "bypassed"
+    if not issubclass(kind, nn.Module):
+        return ""
     called: set[str] = set()
     for each in kind.__mro__:  # what a class inherits counts as its own, down to where forward is written
         if each is nn.Module:
@@ -46,8 +67,11 @@ def kind_of(kind: type) -> str:
             break
     if {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= called:
         return "reached"
-    attends = "Attention" in kind.__name__ or "Attn" in kind.__name__
-    return "bypassed" if attends and called & _OWN else ""
+    return "bypassed" if _is_called_attention(kind) and called & _OWN else ""
+
+
+def _is_called_attention(kind: type) -> bool:
+    return "Attention" in kind.__name__ or "Attn" in kind.__name__
 
 
 def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> set[str]:
@@ -61,7 +85,7 @@ def chosen(names: list[str], wanted: Sequence[int | str] | None, what: str) -> s
         if isinstance(one, str):
             found = [name for name in names if f".{one}." in f".{name}."]
         else:
-            found = [names[one]] if isinstance(one, int) and -len(names) <= one < len(names) else []
+            found = [names[one]] if isinstance(one, numbers.Integral) and -len(names) <= one < len(names) else []
         if not found:
             raise InvalidInput(
                 f"{what} names {one!r}, which is no attention layer: wanted 0 to {len(names) - 1}, or a name such as "

@@ -7,84 +7,26 @@ is no value that can be read: there, and only there, its boolean matrix is made,
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from operator import and_, or_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from foveate.eager import is_known
+from foveate.integrations.transformers.standing import Described, Mask
+from foveate.integrations.transformers.switching import BEFORE, NAME
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.catalogue import causal, chunks, documents, from_mask, padding, window
+from foveate.pattern.packing import PaddingLengths
 from foveate.pattern.positional import Window
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What travels through a model as `attention_mask`: a pattern, None for everyone to everyone.
-
-    Positions count from the first key that is there; `key_start` is what stood before it and a rolling cache has let
-    go of. A layer that does its own arithmetic finds the additive matrix `[batch, 1, queries, keys]` that "eager"
-    would have given it, made when it is touched.
-    """
-
-    pattern: Pattern | None
-    query_start: int | Tensor
-    key_start: int = 0
-    shape: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dtype: torch.dtype = torch.float32
-    device: torch.device | str = "cpu"
-    ndim: int = 4  # transformers takes what has four dimensions for a mask that was made before, and hands it on
-
-    def contiguous(self) -> Mask:
-        """What transformers calls on a mask that it keeps."""
-        return self
-
-    def dim(self) -> int:
-        """What models ask to tell a mask from padding; it needs no matrix."""
-        return self.ndim
-
-    def to(self, *where: Any, **more: Any) -> Mask | Tensor:
-        """What accelerate calls on whatever a model is given: a mask that is there already stays a pattern."""
-        stays = len(where) == 1 and not isinstance(where[0], torch.dtype) and "dtype" not in more
-        if stays and torch.device(where[0]) == torch.device(self.device):
-            return self
-        return self.matrix.to(*where, **more)
-
-    @cached_property
-    def matrix(self) -> Tensor:
-        """0 where a query may attend and the lowest finite number elsewhere, as "eager" adds it."""
-        batch, _, queries, keys = self.shape
-        if self.pattern is None:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        seen = self.pattern.dense(queries, keys, query_start=self.query_start, batch=batch).to(self.device)
-        hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
-        return torch.where(seen, torch.zeros_like(hidden), hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what Python and torch ask of any object is no use of the mask
-            raise AttributeError(name)
-        return getattr(self.matrix, name)
-
-    def __getitem__(self, place: Any) -> Tensor:
-        return self.matrix[place]
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Any operation of torch on a mask is one on its matrix."""
-
-        def plain(value: Any) -> Any:
-            return value.matrix if isinstance(value, Mask) else value
-
-        args, kwargs = tree_map(plain, (args, kwargs or {}))
-        return function(*args, **kwargs)
 
 
 def mask(
@@ -94,35 +36,59 @@ def mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
-    attention_mask: Tensor | Mask | None = None,
+    attention_mask: Tensor | Described | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **more: Any,
-) -> Mask:
+) -> Mask | Described:
     """The mask that transformers describes by a function of positions and a padding mask `[batch, length]`.
 
     q_offset and kv_offset are the absolute positions of the first query and the first key.
     """
     from transformers.masking_utils import causal_mask_function
 
-    if isinstance(attention_mask, Mask):
+    if isinstance(attention_mask, Mask | Described):
         return attention_mask  # made before the model was called, as for a static cache
     function = causal_mask_function if mask_function is None else mask_function
     keys = Keys(batch_size, kv_length, kv_offset, device)
     try:
-        pattern = _compiled(function, more) if torch.compiler.is_compiling() else _pattern(function, keys)
+        pattern = _compiled(function, keys, more) if torch.compiler.is_compiling() else _pattern(function, keys)
         pattern = _with_padding(pattern, attention_mask, keys)
     except _Unknown:
         pattern = _matrix(function, keys, q_length, q_offset, attention_mask, more)
     start = q_offset - kv_offset
-    return Mask(
+    described = Described(
         pattern,
         start.reshape(1) if isinstance(start, Tensor) else start,
         kv_offset,
         (batch_size, 1, q_length, kv_length),
-        dtype,
+        dtype if _adds(more.get("config")) else torch.bool,
         device,
+        is_whole=attention_mask is None,
     )
+    return described if torch.compiler.is_compiling() else Mask(described)
+
+
+def _adds(config: Any) -> bool:
+    """Whether the layers of a model take a mask that is added, as "eager" has it, or one of booleans, as "sdpa" has."""
+    before = BEFORE.get(id(config))  # what a patched model attended by
+    return before == "eager" if before not in (None, NAME) else not _prefers_sdpa(type(config))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prefers_sdpa(kind: type) -> bool:
+    """Whether a model with this kind of configuration attends by "sdpa" where nobody asks for another."""
+    return _supports_sdpa(kind)
+
+
+@functools.cache
+def _supports_sdpa(kind: type) -> bool:
+    import transformers
+
+    modeling = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))
+    parts = vars(modeling).values() if modeling else ()
+    models = (part for part in parts if isinstance(part, type) and issubclass(part, transformers.PreTrainedModel))
+    return any(model._supports_sdpa for model in models)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -149,7 +115,7 @@ class _Unknown(Exception):
 
 
 def _with_padding(pattern: Pattern | None, kept: Tensor | None, keys: Keys) -> Pattern | None:
-    if kept is None or (not torch.compiler.is_compiling() and bool(kept.all())):
+    if kept is None or (is_known(kept) and bool(kept.all())):
         return pattern
     from transformers.masking_utils import prepare_padding_mask
 
@@ -171,11 +137,11 @@ def _pattern(function: MaskFunction, keys: Keys) -> Pattern | None:
         case "or_masks", {"mask_functions": parts}:
             return _any_of([_pattern(part, keys) for part in parts])
         case "sliding_window_overlay", {"sliding_window": int(size)}:
-            return window(left=size - 1)
+            return window(left=size - 1) if size > 0 else _nothing(keys, size)
         case "sliding_window_bidirectional_overlay", {"sliding_window": int(size)}:
-            return window(left=size, right=size)
+            return window(left=size, right=size) if size >= 0 else _nothing(keys, size)
         case "chunked_overlay", {"chunk_size": int(size), "left_padding": Tensor() as left}:
-            if not bool(left.any()) and keys.offset % size == 0:
+            if is_known(left) and not bool(left.any()) and keys.offset % size == 0:
                 return chunks(size)
             return documents((keys.positions - left[:, None]) // size)
         case "blockwise_overlay", {"block_sequence_ids": Tensor() as ids}:
@@ -188,6 +154,17 @@ def _pattern(function: MaskFunction, keys: Keys) -> Pattern | None:
         case "remap_positions_for_packed_sequence", {"mask_function": inner, "position_ids": Tensor() as positions}:
             return _inside_documents(inner, positions, keys)
     raise _Unknown
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NoWindow(PaddingLengths):
+    """No key at all: a window of size 0, of which some models make a mask that no layer of theirs attends by."""
+
+    size: int
+
+
+def _nothing(keys: Keys, size: int) -> Pattern:
+    return NoWindow(torch.zeros(keys.batch, dtype=torch.int64, device=keys.device), size)
 
 
 def _maker(function: MaskFunction) -> tuple[str, dict[str, Any]]:
@@ -215,7 +192,7 @@ def _inside_documents(function: MaskFunction, positions: Tensor, keys: Keys) -> 
     raise _Unknown
 
 
-def _compiled(function: MaskFunction, more: dict[str, Any]) -> Pattern | None:
+def _compiled(function: MaskFunction, keys: Keys, more: dict[str, Any]) -> Pattern | None:
     """What a graph can know of a mask function, into which it cannot look: the two plain ones, and a causal window.
 
     transformers skips no mask but a plain one, and names the window of a plain one as `local_size`.
@@ -229,7 +206,7 @@ def _compiled(function: MaskFunction, more: dict[str, Any]) -> Pattern | None:
     size, config = more.get("local_size"), more.get("config")
     is_window = size == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
     if size is not None and is_window and more.get("allow_is_causal_skip"):
-        return causal & window(size)
+        return causal & window(size) if size > 0 else _nothing(keys, size)
     raise _Unknown
 
 

@@ -13,19 +13,18 @@ from typing import Any
 from torch import nn
 
 from foveate.errors import FoveateError, InvalidInput
-from foveate.integrations.transformers.attending import PLAN, Plan, attention
+from foveate.integrations import recomputing
+from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
+from foveate.integrations.transformers.switching import BEFORE, NAME, POSITIONS, Switch, contradicts_causal, plans
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.catalogue import causal
+from foveate.words import explained
 
-NAME = "foveate"
 TESTED = "5.23"  # docs/models.md says what was compared
 
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, Patched] = weakref.WeakKeyDictionary()
-_POSITIONS = 64  # on so many a pattern is tried against a layer's own mask
 
-
+@explained
 def register() -> None:
     """Make `attn_implementation="foveate"` known to transformers, for the whole process; again does nothing more.
 
@@ -39,6 +38,7 @@ def register() -> None:
     masks.register(NAME, mask)
 
 
+@explained
 def unregister() -> None:
     """Take `attn_implementation="foveate"` from transformers again.
 
@@ -48,9 +48,9 @@ def unregister() -> None:
     attentions, masks = _interfaces()
     if NAME not in attentions._global_mapping:
         raise FoveateError("foveate is not registered with transformers: nothing to undo")
-    if _PATCHED:
-        names = ", ".join(sorted({type(model).__name__ for model in _PATCHED}))
-        raise FoveateError(f"foveate still computes for {names}: unpatch what is patched first")
+    names = sorted({change.name for change in recomputing.in_force() if isinstance(change, Switch)})
+    if names:
+        raise FoveateError(f"foveate still computes for {', '.join(names)}: unpatch what is patched first")
     del attentions._global_mapping[NAME], masks._global_mapping[NAME]
 
 
@@ -61,21 +61,11 @@ class Patched:
     `bypassed` the classes of those that are not.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], bypassed: list[str]) -> None:
-        self.layers = list(layers)
+    def __init__(self, model: nn.Module, layers: list[str], bypassed: list[str]) -> None:
+        self.layers = layers
         self.bypassed = bypassed
-        self.modules = layers
         self._name = type(model).__name__
         self._model = weakref.ref(model)
-        self._before = _implementations(model)
-
-    def restore(self) -> None:
-        """Put back what the layers and the configurations held before."""
-        for config, implementation in self._before:
-            config._attn_implementation = implementation
-        for module in self.modules.values():
-            if hasattr(module, PLAN):
-                delattr(module, PLAN)
 
     def __enter__(self) -> Patched:
         return self
@@ -92,6 +82,7 @@ class Patched:
         return f"<Patched {self._name}: {len(self.layers)} attention layers{beside}>"
 
 
+@explained
 def patch(
     model: nn.Module,
     pattern: Pattern | None = None,
@@ -119,19 +110,21 @@ def patch(
             contradicts the model's own mask. The model is left as it was.
     """
     reached, bypassed = attention_layers(model)
-    others = {module for patched in _PATCHED.values() for module in patched.modules.values()}
-    if not others.isdisjoint(reached.values()):
+    if plans(model):
         raise InvalidInput(f"{type(model).__name__} is patched already: unpatch it first")
     if pattern is None and layers is not None:
         raise InvalidInput(f"layers is {layers!r} but no pattern was given for them: give pattern=")
-    plans = _plans(model, reached, pattern, layers, weights_from)
+    narrowed, giving = _asked(model, reached, pattern, layers, weights_from)
     register()
-    patched = Patched(model, reached, bypassed)
+    before = _implementations(model)
+    switch = Switch(type(model).__name__, model, [(config, name, name) for config, name in before])
     try:
         with _quiet():
             model.set_attn_implementation(NAME)  # type: ignore[operator]
-        for name, plan in plans.items():
-            setattr(reached[name], PLAN, plan)
+        switch.switched = [(config, name, config._attn_implementation) for config, name in before]
+        for name, layer in reached.items():
+            switch.ask(layer, pattern if name in narrowed else None, name in giving)
+        switch.on()
         if bypassed:
             own = ", ".join(bypassed)
             warnings.warn(
@@ -139,27 +132,35 @@ def patch(
                 stacklevel=2,
             )
     except BaseException:
-        patched.restore()
+        switch.off()
         raise
-    _PATCHED[model] = patched
-    return patched
+    recomputing.begin(switch)
+    return Patched(model, list(reached), bypassed)
 
 
+@explained
 def unpatch(model: nn.Module) -> None:
-    """Give a model that `patch` changed back as it was before.
+    """Give a model that `patch` changed, or a copy of one, back as it was before.
 
     Raises:
         FoveateError: the model is not patched.
     """
-    patched = _PATCHED.pop(model, None)
-    if patched is None:
+    switches = _switches(model)
+    if not switches:
         raise FoveateError(f"{type(model).__name__} is not patched: nothing to undo")
-    patched.restore()
+    for switch in switches:
+        recomputing.end(switch)
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` was called on this model and not undone."""
-    return model in _PATCHED
+    """Whether `patch` was called on this model, or on one that it is a copy of, and not undone."""
+    return bool(_switches(model))
+
+
+def _switches(model: nn.Module) -> list[Switch]:
+    """What has been done to a model by `patch`; not what was done to a part of it, or to what it is a part of."""
+    found = {plan.switch: None for plan in plans(model) if plan.switch is not None}
+    return [switch for switch in found if switch.root is None or switch.root() is model]
 
 
 def _interfaces() -> tuple[Any, Any]:
@@ -186,14 +187,14 @@ def _interfaces() -> tuple[Any, Any]:
     return AttentionInterface, AttentionMaskInterface
 
 
-def _plans(
+def _asked(
     model: nn.Module,
     reached: dict[str, nn.Module],
     pattern: Pattern | None,
     layers: Sequence[int | str] | None,
     weights_from: Sequence[int | str] | None,
-) -> dict[str, Plan]:
-    """What is asked of each layer of which anything is."""
+) -> tuple[set[str], set[str]]:
+    """The layers that the pattern narrows, and those that may return their weights."""
     if pattern is not None and not isinstance(pattern, Pattern):
         raise InvalidInput(f"the pattern is a {type(pattern).__name__}: wanted a pattern, such as fv.window(128)")
     names = list(reached)
@@ -209,24 +210,21 @@ def _plans(
     for name in names:
         if name in narrowed:
             _check_against(pattern, name, reached[name])
-    return {
-        name: Plan(pattern if name in narrowed else None, name in giving)
-        for name in names
-        if name in narrowed or name not in giving
-    }
+    return narrowed, giving
 
 
 def _check_against(pattern: Pattern | None, name: str, module: nn.Module) -> None:
-    """Refuse a pattern that takes from some query every key that the layer's own mask leaves it."""
+    """Refuse a pattern that takes from some query every key that a causal mask leaves it, or from all every key."""
     if pattern is None or pattern.tensors():  # what depends on a batch is known only when the batch is
         return
-    is_causal = bool(getattr(module, "is_causal", False))
-    both = causal & pattern if is_causal else pattern
-    if not bool(both.dense(_POSITIONS, _POSITIONS).any(-1).all()):
+    config = getattr(module, "config", None)  # which makes a decoder look both ways, whatever its layers say
+    is_causal = bool(getattr(module, "is_causal", False)) and getattr(config, "is_causal", True) is not False
+    if is_causal and contradicts_causal(pattern):
         raise InvalidInput(
-            f"the pattern {pattern!r} contradicts the {'causal ' if is_causal else ''}mask of {name}: "
-            "some queries would see no key at all"
+            f"the pattern {pattern!r} contradicts the causal mask of {name}: some queries would see no key at all"
         )
+    if not bool(pattern.dense(POSITIONS, POSITIONS).any()):
+        raise InvalidInput(f"the pattern {pattern!r} leaves no query of {name} any key")
 
 
 def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
@@ -236,7 +234,7 @@ def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
     def collect(config: Any) -> None:
         if any(config is each for each, _ in found):
             return
-        found.append((config, config._attn_implementation))
+        found.append((config, BEFORE.get(id(config), config._attn_implementation)))
         for name in getattr(config, "sub_configs", {}):
             part = getattr(config, name, None)
             if part is not None:

@@ -36,17 +36,21 @@ class _Waiting(MetaPathFinder):
         return found
 
 
+def when_loaded(name: str, then: Callable[[], None]) -> Callable[[], None]:
+    """Do something when the module is loaded, at once if it is already; the returned function waits no longer."""
+    if name in sys.modules:
+        then()
+        return lambda: None
+    waiting = _Waiting(name, then)
+    sys.meta_path.insert(0, waiting)
+    return lambda: sys.meta_path.remove(waiting) if waiting in sys.meta_path else None
+
+
 @contextmanager
 def once_loaded(name: str, then: Callable[[], None]) -> Iterator[None]:
     """Within the block, do something when the module is loaded; at once if it is already."""
-    if name in sys.modules:
-        then()
-        yield
-        return
-    waiting = _Waiting(name, then)
-    sys.meta_path.insert(0, waiting)
+    stop = when_loaded(name, then)
     try:
         yield
     finally:
-        if waiting in sys.meta_path:
-            sys.meta_path.remove(waiting)
+        stop()
