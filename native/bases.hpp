@@ -121,7 +121,8 @@ struct Endings {
         for (int64_t row = 0; row < rows; ++row) {
             const bool single = moves[row] == 0;  // whose log-sum-exp is its score
             if (single) ground[row] = state.base[row] * unit;
-            above[row] = single ? 0 : powers[row] * ln2 + rest[row] + (sinks[row] > 0 ? sinks[row] : 0.0);
+            const double higher = sink > ground[row] ? sink - ground[row] : 0.0;  // far above, float32 would round it
+            above[row] = single ? 0 : powers[row] * ln2 + rest[row] + higher;
         }
     }
     float lse(int64_t row) const { return static_cast<float>(ground[row] + above[row]); }

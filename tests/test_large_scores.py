@@ -159,6 +159,15 @@ def test_large_sinks(queries: int, logits: tuple[float, ...]) -> None:
         check(call, *DTYPES[: 3 if size == 1 else 2])
 
 
+@pytest.mark.parametrize("queries", QUERIES)
+def test_scores_far_below_a_sink(queries: int) -> None:
+    """The log-sum-exp is the sink's, to all of its digits, however far away the scores are."""
+    q, k, v = normal(1, 6, queries, 16), normal(1, 2, 149, 16, seed=1), normal(1, 2, 149, 17, seed=2)
+    sinks = fv.sinks(torch.tensor([0.3, -1.2, 0.0, 2.7, 1e-3, -9.1]))
+    for far in (-30.0, -1e4, -3e7):
+        check(problem(q, k, v, fv.causal, score=fv.bias(normal(1, 1, 1, 149, seed=3) + far) + sinks), *DTYPES)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("pattern", ["first row", "chosen", "window"])
 def test_of_one_key_only_the_log_sum_exp_has_a_gradient(pattern: str, dropout: float) -> None:

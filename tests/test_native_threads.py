@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import foveate as fv
+from foveate import values
+from foveate.pattern import memory
 from foveate.problem import Problem, problem
 from foveate.softmax import native
 
@@ -180,6 +182,32 @@ def test_a_fork_while_another_thread_computes() -> None:
     finally:
         stop.set()
         other.join()
+
+
+@forking
+def test_a_fork_while_another_thread_holds_every_lock() -> None:
+    """A pattern is read from text, summarized and remembered in the child, as if nothing had been held."""
+    held, done = threading.Event(), threading.Event()
+    locks = [values._PARSER, memory._REMEMBERED.lock]
+
+    def hold() -> None:
+        with locks[0], locks[1]:
+            held.set()
+            done.wait(120)
+
+    def attends() -> bool:
+        q = normal(1, 1, 300, 16, seed=0)
+        documents = fv.documents(torch.arange(300) // 70)  # not summarized before
+        return bool(fv.attention(q, q, q, fv.causal & documents, backend="native").isfinite().all())
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(120)
+    try:
+        assert _forked(attends)
+    finally:
+        done.set()
+        holder.join()
 
 
 def _forked(holds: Callable[[], bool]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._C import _TorchDispatchModeKey as _Mode
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _DEVICES = ("CPU", "CUDA", "XPU", "MPS")
@@ -21,6 +22,16 @@ def _all_but(names: Iterable[str]) -> int:
     return ~functools.reduce(operator.or_, keys)
 
 
+# What a short call asks every time has names of its own here: a walk through torch._C costs as much as the question.
+_keys, _stack, _tracer, _included = (
+    torch._C._dispatch_keys,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+    torch._C._dispatch_tls_is_dispatch_key_included,
+)
+_interpreters = torch._C._functorch.peek_interpreter_stack
+_PRE_DISPATCH = DispatchKey.PreDispatch  # make_fx keeps a mode there
+_TYPES = (Tensor, Parameter)
 _ODD = _all_but(_PLAIN)
 _UNREADABLE = _all_but((*_PLAIN, "Negative", "ZeroTensor"))
 
@@ -29,7 +40,7 @@ def is_transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp…) or forward-mode differentiation is at work, which sees no operator."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return _interpreters() is not None or forward_ad._current_level >= 0
 
 
 def is_plain(x: Tensor) -> bool:
@@ -38,7 +49,7 @@ def is_plain(x: Tensor) -> bool:
     Not so: subclasses, tensors on meta, sparse and nested ones, those that vmap has batched, and those whose sign or
     whose zeros are still to be written. Their dispatch keys tell.
     """
-    return (type(x) is Tensor or type(x) is Parameter) and not torch._C._dispatch_keys(x).raw_repr() & _ODD
+    return type(x) in _TYPES and not _keys(x).raw_repr() & _ODD
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -49,13 +60,17 @@ def is_eager(*tensors: Tensor) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)  # make_fx keeps a mode there
-        or is_transformed()
+        or _stack()
+        or _tracer() is not None
+        or _included(_PRE_DISPATCH)
+        or _interpreters() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
-    return all(map(is_plain, tensors))  # no generator, which takes as long as what it asks
+    for x in tensors:  # noqa: SIM110 — `is_plain`, written out: a generator takes as long as what it asks
+        if type(x) not in _TYPES or _keys(x).raw_repr() & _ODD:
+            return False
+    return True
 
 
 def is_known(x: Tensor) -> bool:
@@ -63,10 +78,10 @@ def is_known(x: Tensor) -> bool:
     return (
         x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch._C._dispatch_keys(x).raw_repr() & _UNREADABLE
-        and torch._C._get_tracing_state() is None
+        and not _keys(x).raw_repr() & _UNREADABLE
+        and _tracer() is None
         and torch._C._get_dispatch_mode(_Mode.FAKE) is None
         and torch._C._get_dispatch_mode(_Mode.PROXY) is None
-        and not torch._C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+        and not _included(_PRE_DISPATCH)
         and not is_transformed()
     )

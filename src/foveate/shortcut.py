@@ -43,7 +43,7 @@ def signature(
     if type(query_start) not in _STARTS or type(scale) not in _SCALES or type(backend) is not str:
         return None
     device = q.device
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled("cpu" if q.is_cpu else device.type):  # a device's type takes long to say
         return None
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (

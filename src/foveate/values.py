@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import math
 import numbers
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from foveate.eager import is_known
 from foveate.errors import InvalidInput
+from foveate.locks import Lock
 from foveate.positions import Extent
 
 Held = Tensor | Callable[..., Tensor]  # what no literal can say
@@ -29,7 +29,7 @@ class Array(Protocol):
 Integers = Tensor | Sequence[int] | Sequence[Sequence[int]] | Array  # where integers are meant; booleans are some
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-_PARSER = threading.Lock()  # CPython 3.11 counts the depth of a tree in one place for all threads
+_PARSER = Lock()  # CPython 3.11 counts the depth of a tree in one place for all threads
 
 
 def spelled(write: Callable[[Name], str]) -> tuple[str, list[Any]]:

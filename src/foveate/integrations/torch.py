@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from types import TracebackType
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.aten import Entries
 from foveate.integrations.fused import missing
+from foveate.locks import Lock
 from foveate.words import explained
 
 
@@ -66,7 +66,7 @@ class _State:
     """The accelerations that are on, the kernels that are in while one is, and what to put back after the last."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.active: list[Acceleration] = []
         self.last: Acceleration | None = None
         self.entries: Entries | None = None
@@ -99,14 +99,6 @@ class _State:
 
 
 _STATE = _State()
-
-
-def _new_lock() -> None:
-    _STATE.lock = threading.RLock()  # another thread may have held it when the process forked
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
 
 
 @explained

@@ -6,13 +6,13 @@ noticed. A function can change without a sign: a pattern with a rule is summaris
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveate.locks import Lock
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.given import FromMask
 from foveate.pattern.listed import build
@@ -73,7 +73,7 @@ class _Memory:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.entries: list[_Entry] = []
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
     def get(self, key: tuple[object, ...], tensors: list[Tensor], make: Callable[[], Summary]) -> Summary:
         with self.lock:
