@@ -4,7 +4,7 @@
     scaled_dot_product_attention                    eager calls that need no gradient, of any rank
     _scaled_dot_product_flash_attention_for_cpu     what PyTorch's own choice leads to: training, compiled graphs
     _scaled_dot_product_flash_attention_for_cpu_backward    the gradient of that
-    _native_multi_head_attention                    nn.MultiheadAttention and nn.Transformer in eval, their "fast path"
+    _native_multi_head_attention                    nn.MultiheadAttention and nn.Transformer in eval: `fast_path`
 
 No kernel of PyTorch's is replaced. The first entry is a formula without a kernel for the CPU, so ours is its only one;
 the others get a kernel at `BackendSelect`, the step right above the CPU's. What we do not take goes on to where it
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
 
+from foveate.integrations import fast_path
 from foveate.integrations.fused import EMPTY, SLOWER, added, compute, gradients, plan, refusal_of_gradients
 from foveate.primitives import group, ungroup
 
@@ -43,8 +43,6 @@ _PLAIN = functools.reduce(
 ).raw_repr()
 _NESTED = DispatchKeySet(DispatchKey.NestedTensorCPU).raw_repr()
 _UNUSUAL = ~_PLAIN  # the bits of subclasses, transforms, traces, modes and other devices
-# How `_native_multi_head_attention` lays out its masks, by their type: [queries, keys], [batch, keys], and all four.
-_MASKED: dict[int | None, Callable[[Tensor], Tensor]] = {0: lambda x: x, 1: lambda x: x[:, None, None], 2: lambda x: x}
 _CHOICE_FUSED = 1  # of `torch._fused_sdp_choice`
 
 
@@ -145,25 +143,17 @@ class Entries:
         in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, mask: Tensor | None = None,
         need_weights: bool = True, average_weights: bool = True, mask_type: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The projections around a call of `attention`, as PyTorch's own way has them that needs no weights."""
-        nested = query.is_nested
-        ours = self.on and not keys.raw_repr() & _UNUSUAL & ~_NESTED and query is key is value and not need_weights
-        if not ours or (mask is not None and (nested or mask_type not in _MASKED)):
-            theirs: tuple[Tensor, Tensor | None] = _MULTI_HEAD.redispatch(
-                keys & _BELOW, query, key, value, width, heads, in_weight, in_bias, out_weight, out_bias, mask,
-                need_weights, average_weights, mask_type,
-            )  # fmt: skip
-            return theirs
-        if mask is not None:
-            mask = _MASKED[mask_type](mask.logical_not() if mask.dtype == torch.bool else mask.to(query.dtype))
-
-        def attend(x: Tensor) -> Tensor:
-            q, k, v = linear(x, in_weight, in_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-            return linear(_SDPA(q, k, v, mask).transpose(1, 2).flatten(2), out_weight, out_bias)
-
-        if nested:
-            return torch.nested.as_nested_tensor([attend(x[None])[0] for x in query.unbind()]), None
-        return attend(query), None
+        """(out, weights): projections around a call of `attention`, which tells of it, where no weights are asked."""
+        weights = in_weight, in_bias, out_weight, out_bias
+        if self.on and not keys.raw_repr() & _UNUSUAL & ~_NESTED:
+            why = fast_path.refusal(query, key, value, width, heads, weights, mask, need_weights, mask_type)
+            if not why:
+                return fast_path.computed(_attend, query, heads, weights, mask, mask_type), None
+            self.tell("forward", why)
+        theirs: tuple[Tensor, Tensor | None] = _MULTI_HEAD.redispatch(
+            keys & _BELOW, query, key, value, width, heads, *weights, mask, need_weights, average_weights, mask_type
+        )
+        return theirs
 
     @staticmethod
     def _next_forward(
@@ -174,6 +164,11 @@ class Entries:
             keys & _BELOW, q, k, v, dropout, causal, attn_mask=mask, scale=scale
         )
         return theirs
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    out: Tensor = _SDPA(q, k, v, mask, 0.0, causal)
+    return out
 
 
 def _formula(
