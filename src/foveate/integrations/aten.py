@@ -148,7 +148,7 @@ class Entries:
         if self.on and not keys.raw_repr() & _UNUSUAL & ~_NESTED:
             why = fast_path.refusal(query, key, value, width, heads, weights, mask, need_weights, mask_type)
             if not why:
-                return fast_path.computed(_attend, query, heads, weights, mask, mask_type), None
+                return fast_path.computed(_attend, query, key, value, heads, weights, mask, mask_type), None
             self.tell("forward", why)
         theirs: tuple[Tensor, Tensor | None] = _MULTI_HEAD.redispatch(
             keys & _BELOW, query, key, value, width, heads, *weights, mask, need_weights, average_weights, mask_type

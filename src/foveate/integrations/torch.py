@@ -108,8 +108,8 @@ def accelerate() -> Acceleration:
     Whoever makes it: your code, nn.MultiheadAttention, nn.Transformer, Hugging Face ("sdpa"), timm, diffusers, compiled
     graphs, in inference and in training, in every thread. Each call keeps PyTorch's meaning: a causal mask that is
     aligned top-left, its masks, its errors, its gradients. What the kernels do not take (dropout, float64, a mask that
-    needs a gradient) or compute no faster stays with PyTorch; `report()` counts and says why. nn.Transformer's fast
-    path, which has kernels of its own, is off meanwhile.
+    needs a gradient) or compute no faster stays with PyTorch; `report()` counts and says why. The fast path of
+    nn.MultiheadAttention and nn.TransformerEncoder in eval, nested tensors among it, stays on and runs on them too.
 
     As a context manager it ends with its block, an exception included; as a function, with `restore()`. It may be
     nested: the last one out puts everything back.
