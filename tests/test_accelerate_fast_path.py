@@ -255,3 +255,27 @@ def test_graphs_of_the_fast_path_run_on_our_kernels() -> None:
             assert close(compiled(x), truth)
         assert acceleration.report().foveate == {("forward", ""): 1}
         assert close(compiled(x), truth)
+
+
+@pytest.mark.parametrize("kind", ["none", "pairs", "causal", "padding", "both"])
+@pytest.mark.parametrize("same", [True, False], ids=["self", "cross"])
+def test_the_operator_itself_takes_boolean_masks_and_other_keys(kind: str, same: bool) -> None:
+    mha, (q, k, v) = attention(), (made(2, LENGTH, WIDTH, seed=n) for n in (1, 2, 3))
+    pairs, pad = ~hidden(LENGTH, LENGTH).index_fill(1, torch.tensor([0]), True), ~padded(2, LENGTH)[:, 0, 0]
+    mask, mask_type = {
+        "none": (None, None),
+        "pairs": (pairs, 0),
+        "causal": (FUTURE != 0, 0),
+        "padding": (pad, 1),
+        "both": ((pairs | pad[:, None, None]).expand(2, HEADS, -1, -1), 2),
+    }[kind]
+    weights = mha.in_proj_weight, mha.in_proj_bias, mha.out_proj.weight, mha.out_proj.bias
+    given = (q, q, q) if same else (q, k, v)
+    with torch.no_grad():
+        run = lambda: torch._native_multi_head_attention(*given, WIDTH, HEADS, *weights, mask, False, True, mask_type)  # noqa: E731
+        truth = run()[0]
+        with fv.accelerate() as acceleration:
+            found = run()[0]
+    seen = ~truth.isnan()  # a row that sees nothing
+    assert close(found[seen], truth[seen])
+    assert acceleration.report().foveate == {("forward", ""): 1}
