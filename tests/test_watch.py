@@ -6,9 +6,10 @@ import asyncio
 import copy
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -189,7 +190,7 @@ def test_a_thread_in_the_middle_of_a_forward_is_not_heard_any_more() -> None:
         def forward(self, x: Tensor) -> Tensor:
             inside.set()
             go.wait(10)
-            return fv.attention(x, x, x)
+            return fv.attention(x, x, x, score=fv.softcap(3.0))  # which is never known already
 
     model = Slow()
 
@@ -379,3 +380,57 @@ def test_unpatched_meanwhile_is_no_error_at_the_end() -> None:
     with fv.watch(model):
         fv.unpatch(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_replicas_of_a_model_are_it() -> None:
+    """What DataParallel runs on several devices: copies of the module's dictionary."""
+    model = Own()
+    with fv.watch(model) as seen:
+        replica: Any = model._replicate_for_data_parallel()
+        in_a_thread(lambda: replica(X))
+    assert len(seen) == 1
+
+
+@pytest.fixture
+def _traced() -> Iterator[None]:
+    """Without the run-time checks of shapes, which only tests switch on and which break a trace."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_traced")
+def test_a_compiled_graph_is_whole_and_not_seen() -> None:
+    model = Own()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for given in (model, compiled):
+        torch._dynamo.reset()
+        with torch.no_grad(), fv.watch(given) as seen:
+            compiled(X)
+        with pytest.raises(fv.FoveateError, match=r"Own did not run .* only as a compiled graph"):
+            seen.weights(0)
+        with fv.watch(given) as seen:
+            model(X)
+        assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_part_that_is_pytorchs_keeps_its_fast_path() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model = nn.ModuleList([Own(), block]).eval()
+    texts = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad(), fv.watch(model):
+        assert block(texts).is_nested
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
+
+
+def test_calls_that_were_taken_out_are_gone_and_the_others_stay() -> None:
+    model, x = Own(), X.clone()
+    with torch.no_grad(), fv.watch(model) as seen:
+        model(x)
+        del seen.calls[:]
+        model(X)
+        x.add_(1)
+    assert seen.weights(0).shape == (1, 2, 5, 5)
+    assert len(copy.deepcopy(seen)) == 1

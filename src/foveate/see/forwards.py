@@ -21,8 +21,8 @@ def follow(model: nn.Module, observation: Observation, ran: Callable[[], None]) 
     handles = []
     for module in model.modules():
         if not is_of_torch(module):  # whose own classes never call us, and leave their fast path where they have hooks
-            handles.append(module.register_forward_pre_hook(_Hook(module, observation.begin, ran)))
-            handles.append(module.register_forward_hook(_Hook(module, observation.end), always_call=True))
+            handles.append(module.register_forward_pre_hook(_Hook(observation.begin, ran)))
+            handles.append(module.register_forward_hook(_Hook(observation.end), always_call=True))
 
     def end() -> None:
         for handle in handles:
@@ -39,13 +39,11 @@ def is_of_torch(module: nn.Module) -> bool:
 class _Hook:
     """What is done before or after a forward of one module."""
 
-    def __init__(self, module: nn.Module, *acts: Callable[[], None]) -> None:
-        self._module = module
+    def __init__(self, *acts: Callable[[], None]) -> None:
         self._acts = acts
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        # A graph tells nobody, and nothing of this is to be in it. Replicas are what DataParallel makes of a module.
-        if not torch.compiler.is_compiling() and (module is self._module or hasattr(module, "_is_replica")):
+    def __call__(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # a graph tells nobody, and nothing of this is to be in it
             for act in self._acts:
                 act()
 

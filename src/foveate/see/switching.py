@@ -31,7 +31,7 @@ class _Held:
 
 
 def watchable(model: object) -> nn.Module:
-    """The module that `watch` was given, or the one in a pipeline.
+    """The module that `watch` was given, or the one in a pipeline, or the one that was compiled.
 
     Raises:
         InvalidInput: it is none, or all of it is PyTorch's own.
@@ -43,6 +43,7 @@ def watchable(model: object) -> nn.Module:
             f"watch was given a {kind}: wanted a model (a torch.nn.Module), a pipeline that holds one in .model, or "
             "nothing, which records every fv.attention call of this thread"
         )
+    module = getattr(module, "_orig_mod", module)
     if all(map(is_of_torch, module.modules())):
         name = type(module).__name__
         if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
