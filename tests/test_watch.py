@@ -369,9 +369,10 @@ def test_why_nothing_was_seen_is_told() -> None:
 def test_a_part_that_cannot_be_reached_is_named() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     model = nn.ModuleDict({"image": transformers.ResNetModel(config), "text": build("bert")})
-    with pytest.warns(UserWarning, match="watch does not see into ResNetModel: .* has no attention layer"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="watch does not see into ResNetModel: .* has no attention layer") as said:  # noqa: SIM117
         with torch.no_grad(), fv.watch(model) as seen:
             model["text"](**right_padded())
+    assert said[0].filename == __file__
     assert len(seen) == 2
 
 

@@ -70,7 +70,7 @@ def switch(model: nn.Module) -> list[nn.Module]:
                 except InvalidInput as error:
                     if part is model:
                         raise
-                    warnings.warn(f"watch does not see into {type(part).__name__}: {error}", stacklevel=5)
+                    warnings.warn(f"watch does not see into {type(part).__name__}: {error}", stacklevel=4)
             if not found:
                 _check_part(model)
     except BaseException:

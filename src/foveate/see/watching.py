@@ -120,12 +120,14 @@ def watch(model: nn.Module | Any | None = None) -> Iterator[Seen]:
     seen = Seen(_model=type(module).__name__)
     observation = Observation(seen.keep)
     needed = switch(module)
-    end = follow(module, observation, seen.ran)
     try:
-        yield seen
+        end = follow(module, observation, seen.ran)
+        try:
+            yield seen
+        finally:
+            end()
+            observation.close()
     finally:
-        end()
-        observation.close()
         switch_back(needed)
 
 
