@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import foveate as fv
-from foveate.integrations import fused
+from foveate.integrations import fast_path, fused
 from foveate.integrations.torch import _STATE
 
 SDPA = F.scaled_dot_product_attention
@@ -22,6 +22,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, *, ours: bool) -> None:
     """Whatever our kernels can compute they do, be it slower; or nothing, be it faster."""
     monkeypatch.setattr(fused, "leads_forward", lambda *_: ours)
     monkeypatch.setattr(fused, "leads_backward", lambda *_: ours)
+    monkeypatch.setattr(fast_path, "_FEW", 0 if ours else 1 << 62)
 
 
 def made(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

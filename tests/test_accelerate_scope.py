@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from sdpa_calls import calls_go_to_us
 
 import foveate as fv
@@ -52,15 +51,6 @@ def test_restore_inside_its_block_is_enough() -> None:
         assert not calls_go_to_us()
     with pytest.raises(fv.InvalidInput, match="nothing is accelerated"):
         fv.restore()
-
-
-def test_the_fast_path_is_put_back_as_it_was() -> None:
-    mha = torch.backends.mha
-    for was in (False, True):
-        mha.set_fastpath_enabled(was)
-        with fv.accelerate(), fv.accelerate():
-            assert not mha.get_fastpath_enabled()
-        assert mha.get_fastpath_enabled() == was
 
 
 def test_nothing_is_printed(tmp_path: Path) -> None:

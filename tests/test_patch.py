@@ -63,11 +63,42 @@ def test_an_exception_inside_gives_the_model_back() -> None:
 def test_a_model_is_patched_once() -> None:
     network = build("bert")
     with fv.patch(network):
-        for again in (network, network.bert):
-            with pytest.raises(fv.InvalidInput, match="is patched already: unpatch it first"):
+        for again, said in (
+            (network, "BertForMaskedLM is patched already: unpatch it first"),
+            (network.bert, "BertForMaskedLM, which BertModel is a part of, is patched already: unpatch that first"),
+        ):
+            with pytest.raises(fv.InvalidInput, match=said):
                 fv.patch(again)
-    with fv.patch(network.bert), pytest.raises(fv.InvalidInput, match="is patched already"):
+    said = "BertModel, a part of BertForMaskedLM, is patched already: unpatch that first"
+    with fv.patch(network.bert), pytest.raises(fv.InvalidInput, match=said):
         fv.patch(network)
+
+
+def test_what_the_program_chose_meanwhile_stays() -> None:
+    network: Any = build("llava")
+    with fv.patch(network):
+        network.model.language_model.set_attn_implementation("sdpa")
+    assert network.config.text_config._attn_implementation == "sdpa"
+    assert network.config.vision_config._attn_implementation == "eager"
+    assert network.config._attn_implementation == "eager"
+
+
+def test_the_end_of_a_patch_undoes_no_other() -> None:
+    network = build("bert")
+    with fv.patch(network):
+        fv.unpatch(network)
+    with fv.patch(network):
+        fv.unpatch(network)
+        later = fv.patch(network, fv.window(3))
+    assert network.config._attn_implementation == NAME
+    with later:
+        pass
+    assert network.config._attn_implementation == "eager"
+    with fv.watch(network):
+        fv.unpatch(network)
+        fv.patch(network)
+    assert network.config._attn_implementation == NAME
+    fv.unpatch(network)
 
 
 def test_a_copy_of_a_patched_model_computes_the_same() -> None:

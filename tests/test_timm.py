@@ -95,6 +95,27 @@ def test_a_pattern_does_what_its_mask_would(name: str) -> None:
     assert (found[0] - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
+def test_it_is_narrowed_whatever_timm_fuses() -> None:
+    """`set_fused_attn(False)` makes timm's own layers compute without PyTorch's attention; ours it does not touch."""
+    layers = load_timm().layers
+    pattern = fv.neighborhood(2, SIDE, start=1) | fv.global_tokens([0])
+    want = results(pair(pattern)[1], picture())
+    layers.set_fused_attn(False)
+    try:
+        theirs, ours = pair(pattern)
+    finally:
+        layers.set_fused_attn(True)
+    assert not theirs.blocks[0].attn.fused_attn
+    assert all(map(torch.equal, results(ours, picture()), want))
+    assert_alike(want, results(theirs, picture(), attn_mask=pattern.dense(TOKENS, TOKENS)[0, 0]))
+
+
+def test_a_model_that_takes_our_layer_and_does_not_use_it_shows_no_pattern() -> None:
+    """Blocks that attend beside their MLP (`vit_…_xp`) ignore attn_layer, in timm as well."""
+    assert made(attn_layer=attention(fv.window(2))).__repr__().count("pattern=window(2)") == 2
+    assert "pattern=" not in repr(made("vit_base_patch16_xp_224", attn_layer=attention(fv.window(2))))
+
+
 def test_a_mask_of_the_caller_and_the_pattern_hold_both() -> None:
     pattern = fv.neighborhood(2, SIDE, start=1) | fv.global_tokens([0])
     theirs, ours = pair(pattern)

@@ -42,6 +42,7 @@ def models() -> str:
 def reached(most: str) -> str:
     """The table of what else was compared, each row with the tests that do it and the version that they ran with."""
     without, accelerate, minilm = "itself without it", "`fv.accelerate()`", "MiniLM, as `foveate see` bundles it"
+    denoisers = "PixArt, LTX, Wan, AnyFlow, SD3, Flux, QwenImage, CogVideoX, HunyuanVideo, Lumina2 and PRX of diffusers"
     modules = "nn.MultiheadAttention, nn.Transformer, its encoder and decoder"
     rows = (
         (most, accelerate, "itself without it, by “sdpa”", "transformers", "accelerate_families"),
@@ -53,6 +54,7 @@ def reached(most: str) -> str:
         ("Swin of timm", accelerate, without, "timm", "timm"),
         ("UNet and DiT of diffusers", accelerate, without, "diffusers", "diffusers"),
         ("UNet and DiT of diffusers", "`narrow`", "its mask", "diffusers", "diffusers"),
+        (denoisers, "`narrow`", "its mask", "diffusers", "diffusers_layers"),
     )  # fmt: skip
     pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (DOCS.parent / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     lines = ["| model | route | equal to | tested with | by |", "|:--|:--|:--|:--|:--|"]

@@ -20,7 +20,37 @@ from foveate.problem import Problem, Result, without_autocast
 NAMES = ("sdpa", "native", "flex", "chunked", "reference")
 
 Observer = Callable[[Problem], None]
-_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("foveate_observers", default=())
+
+
+class Observation:
+    """Someone who is told of problems, in those contexts (threads, tasks) where `begin` was called, until `close`.
+
+    `begin` may be called again before `end`; each problem is told once.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.on = True
+
+    def begin(self) -> None:
+        """Listen in this context."""
+        _OBSERVATIONS.set((*(one for one in _OBSERVATIONS.get() if one.on), self))
+
+    def end(self) -> None:
+        """Listen no more in this context, whoever began after this; undoes one `begin`."""
+        now = list(_OBSERVATIONS.get())
+        if self in now:
+            now.reverse()
+            now.remove(self)
+            _OBSERVATIONS.set(tuple(reversed(now)))
+
+    def close(self) -> None:
+        """Listen nowhere any more: other contexts, which cannot be reached from here, hold it until they end."""
+        self.on = False
+        self.end()
+
+
+_OBSERVATIONS: ContextVar[tuple[Observation, ...]] = ContextVar("foveate_observations", default=())
 
 
 @runtime_checkable
@@ -124,8 +154,9 @@ def dispatch(problem: Problem, backend: str = "auto") -> Result:
 def tell(problem: Problem) -> None:
     """Tell the observers of a problem that will be computed; a graph has no one to tell."""
     if not torch.compiler.is_compiling():
-        for observer in _OBSERVERS.get():
-            observer(problem)
+        for one in dict.fromkeys(_OBSERVATIONS.get()):
+            if one.on:
+                one.observer(problem)
 
 
 def seeded(problem: Problem) -> Problem:
@@ -174,13 +205,14 @@ def _automatic(name: str, problem: Problem) -> list[str]:
 
 def observe(observer: Observer) -> Callable[[], None]:
     """Tell `observer` of every problem in this context from now on; the returned function ends it."""
-    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
-    return lambda: _OBSERVERS.reset(token)
+    observation = Observation(observer)
+    observation.begin()
+    return observation.close
 
 
 def is_observed() -> bool:
     """Whether anyone in this context is told of problems."""
-    return bool(_OBSERVERS.get())
+    return any(one.on for one in _OBSERVATIONS.get())
 
 
 LINEAR_NAMES = ("native", "chunked", "recurrence")

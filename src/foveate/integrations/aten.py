@@ -4,6 +4,7 @@
     scaled_dot_product_attention                    eager calls that need no gradient, of any rank
     _scaled_dot_product_flash_attention_for_cpu     what PyTorch's own choice leads to: training, compiled graphs
     _scaled_dot_product_flash_attention_for_cpu_backward    the gradient of that
+    _native_multi_head_attention                    nn.MultiheadAttention and nn.Transformer in eval: `fast_path`
 
 No kernel of PyTorch's is replaced. The first entry is a formula without a kernel for the CPU, so ours is its only one;
 the others get a kernel at `BackendSelect`, the step right above the CPU's. What we do not take goes on to where it
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
+from foveate.integrations import fast_path
 from foveate.integrations.fused import EMPTY, SLOWER, added, compute, gradients, plan, refusal_of_gradients
 from foveate.primitives import group, ungroup
 
@@ -31,12 +33,15 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+_MULTI_HEAD = torch.ops.aten._native_multi_head_attention.default
+
 _BELOW = torch._C._dispatch_keyset_full_after(DispatchKey.BackendSelect)
 _PLAIN = functools.reduce(
     lambda keys, key: keys.add(key),
     (DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView, DispatchKey.AutogradCPU, DispatchKey.AutocastCPU),
     DispatchKeySet(DispatchKey.CPU),
 ).raw_repr()
+_NESTED = DispatchKeySet(DispatchKey.NestedTensorCPU).raw_repr()
 _UNUSUAL = ~_PLAIN  # the bits of subclasses, transforms, traces, modes and other devices
 _CHOICE_FUSED = 1  # of `torch._fused_sdp_choice`
 
@@ -44,7 +49,7 @@ _CHOICE_FUSED = 1  # of `torch._fused_sdp_choice`
 class Entries:
     """Our kernels at aten's entries, process-wide, from the making on; `tell` is told of every call while `on`.
 
-    The three have the signatures that aten gives them; the first argument is what dispatch has seen.
+    They have the signatures that aten gives them; the first argument is what dispatch has seen.
     """
 
     def __init__(self, tell: Tell) -> None:
@@ -55,6 +60,7 @@ class Entries:
             self._library.impl(_SDPA, self.attention, key, with_keyset=True)
         self._library.impl(_FUSED, self.fused, "BackendSelect", with_keyset=True)
         self._library.impl(_FUSED_BACKWARD, self.fused_backward, "BackendSelect", with_keyset=True)
+        self._library.impl(_MULTI_HEAD, self.multi_head, "BackendSelect", with_keyset=True)
 
     def leave(self) -> None:
         """Take the kernels out. No other thread may be in a call: dispatch does not wait for it, and would crash."""
@@ -132,6 +138,23 @@ class Entries:
         )
         return theirs
 
+    def multi_head(
+        self, keys: DispatchKeySet, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int,
+        in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, mask: Tensor | None = None,
+        need_weights: bool = True, average_weights: bool = True, mask_type: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """(out, weights): projections around a call of `attention`, which tells of it, where no weights are asked."""
+        weights = in_weight, in_bias, out_weight, out_bias
+        if self.on and not keys.raw_repr() & _UNUSUAL & ~_NESTED:
+            why = fast_path.refusal(query, key, value, width, heads, weights, mask, need_weights, mask_type)
+            if not why:
+                return fast_path.computed(_attend, query, key, value, heads, weights, mask, mask_type), None
+            self.tell("forward", why)
+        theirs: tuple[Tensor, Tensor | None] = _MULTI_HEAD.redispatch(
+            keys & _BELOW, query, key, value, width, heads, *weights, mask, need_weights, average_weights, mask_type
+        )
+        return theirs
+
     @staticmethod
     def _next_forward(
         keys: DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, mask: Tensor | None,
@@ -141,6 +164,11 @@ class Entries:
             keys & _BELOW, q, k, v, dropout, causal, attn_mask=mask, scale=scale
         )
         return theirs
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    out: Tensor = _SDPA(q, k, v, mask, 0.0, causal)
+    return out
 
 
 def _formula(

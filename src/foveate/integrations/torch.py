@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
-
 from foveate.errors import FoveateError, InvalidInput
 from foveate.integrations.aten import Entries
 from foveate.integrations.fused import missing
@@ -72,16 +70,12 @@ class _State:
         self.active: list[Acceleration] = []
         self.last: Acceleration | None = None
         self.entries: Entries | None = None
-        self.fast_path = True
 
     def begin(self) -> Acceleration:
         with self.lock:
             if not self.active:
                 self.entries = self.entries or Entries(self.tell)
                 self.entries.on = True
-                # nn.Transformer's fast path calls no scaled_dot_product_attention.
-                self.fast_path = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
             self.active.append(Acceleration())
             return self.active[-1]
 
@@ -93,7 +87,6 @@ class _State:
             self.active.remove(one)
             self.last = one
             if not self.active and self.entries is not None:
-                torch.backends.mha.set_fastpath_enabled(self.fast_path)
                 self.entries.on = False
                 if threading.active_count() == 1:  # else a thread may be on its way in: they stay, and pass calls on
                     self.entries.leave()
@@ -115,8 +108,8 @@ def accelerate() -> Acceleration:
     Whoever makes it: your code, nn.MultiheadAttention, nn.Transformer, Hugging Face ("sdpa"), timm, diffusers, compiled
     graphs, in inference and in training, in every thread. Each call keeps PyTorch's meaning: a causal mask that is
     aligned top-left, its masks, its errors, its gradients. What the kernels do not take (dropout, float64, a mask that
-    needs a gradient) or compute no faster stays with PyTorch; `report()` counts and says why. nn.Transformer's fast
-    path, which has kernels of its own, is off meanwhile.
+    needs a gradient) or compute no faster stays with PyTorch; `report()` counts and says why. The fast path of
+    nn.MultiheadAttention and nn.TransformerEncoder in eval, nested tensors among it, stays on and runs on them too.
 
     As a context manager it ends with its block, an exception included; as a function, with `restore()`. It may be
     nested: the last one out puts everything back.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate import capture
 from foveate.capture import Looked
-from foveate.dispatch import observe
+from foveate.dispatch import Observation
 from foveate.errors import FoveateError, InvalidInput
 from foveate.problem import Problem
 from foveate.score import parse
+from foveate.see.forwards import follow
+from foveate.see.switching import switch, switch_back, watchable
 from foveate.words import explained
 
 
@@ -23,7 +26,9 @@ class Seen:
     """The attention calls that were watched, in the order in which they ran; weights are worked out when asked for."""
 
     calls: list[Problem] = field(default_factory=list)
-    _versions: list[tuple[int | None, ...]] = field(default_factory=list)
+    _model: str = ""
+    _ran: bool = False
+    _versions: dict[int, tuple[int | None, ...]] = field(default_factory=dict)  # by the id of a call
 
     def keep(self, call: Problem) -> None:
         """Remember one call: its q, k and v, without their history."""
@@ -32,8 +37,12 @@ class Seen:
             words, tensors = call.score.spec()
             score = parse(words, [tensor.detach() for tensor in tensors])
         kept = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach(), score=score)
+        self._versions[id(kept)] = _versions(kept)  # first: threads may ask for a call as soon as it is listed
         self.calls.append(kept)
-        self._versions.append(_versions(kept))
+
+    def ran(self) -> None:
+        """Remember that the model began to compute something."""
+        self._ran = True
 
     def __repr__(self) -> str:
         return f"<Seen: {len(self)} attention calls>"
@@ -53,30 +62,42 @@ class Seen:
 
     def _call(self, number: int) -> Problem:
         if not self.calls:
-            raise FoveateError(
-                "nothing was watched: no attention call went through foveate inside the `with`; a compiled graph, "
-                "or a model that computes its own softmax, is not seen"
-            )
+            raise FoveateError(f"nothing was watched: {self._why_nothing()}")
         if not -len(self) <= number < len(self):
             raise InvalidInput(
                 f"call {number} was asked for, but {len(self)} were watched: wanted 0 to {len(self) - 1}"
             )
         call = self.calls[number]
-        if _versions(call) != self._versions[number]:
+        if _versions(call) != self._versions.get(id(call), _versions(call)):
             raise FoveateError(
                 f"the tensors of call {number} were overwritten after it ran (a static cache does that): "
                 "ask inside the `with`, before the next step"
             )
         return call
 
+    def _why_nothing(self) -> str:
+        not_seen = "a compiled graph, or a model that computes its own softmax, is not seen"
+        if not self._model:
+            return f"no attention call of this thread went through foveate inside the `with`; {not_seen}"
+        if not self._ran:
+            return f"{self._model} did not run inside the `with`, or only as a compiled graph, which is not seen"
+        return f"{self._model} ran, but no attention in it went through foveate; {not_seen}"
+
 
 @explained
 @contextmanager
-def watch(model: nn.Module | None = None) -> Iterator[Seen]:
-    """Record every attention call of `model` while the `with` runs.
+def watch(model: nn.Module | Any | None = None) -> Iterator[Seen]:
+    """Record every attention call in the forwards of `model`, in any thread, while the `with` runs.
 
-    A Hugging Face model is switched to foveate meanwhile. Without a model, every `fv.attention` call of this
-    thread is recorded.
+    Hugging Face models, the model itself or those in a wrapper, are switched to foveate meanwhile. Without a model,
+    every `fv.attention` call of this thread is recorded.
+
+    Args:
+        model: a Hugging Face model, a wrapper of one (SentenceTransformer, nn.DataParallel), a pipeline with one in
+            `.model`, a part of a model that is patched, or any module that calls foveate's attention.
+
+    Raises:
+        InvalidInput: there is no attention in it that foveate could see; the message says what to give.
 
     >>> import torch
     >>> import foveate as fv
@@ -86,22 +107,28 @@ def watch(model: nn.Module | None = None) -> Iterator[Seen]:
     >>> seen.weights(0, rows=[1])
     tensor([[[[0.5000, 0.5000, 0.0000, 0.0000]]]])
     """
-    seen = Seen()
-    with _switched(model):
-        end = observe(seen.keep)
+    if model is None:
+        seen = Seen()
+        observation = Observation(seen.keep)
+        observation.begin()
+        try:
+            yield seen
+        finally:
+            observation.close()
+        return
+    module = watchable(model)
+    seen = Seen(_model=type(module).__name__)
+    observation = Observation(seen.keep)
+    needed = switch(module)
+    try:
+        end = follow(module, observation, seen.ran)
         try:
             yield seen
         finally:
             end()
-
-
-def _switched(model: nn.Module | None) -> AbstractContextManager[object]:
-    """A Hugging Face model on foveate while the `with` runs, if it is not already."""
-    if model is None or not hasattr(model, "set_attn_implementation"):
-        return nullcontext()
-    from foveate.integrations.transformers import is_patched, patch
-
-    return nullcontext() if is_patched(model) else patch(model)
+            observation.close()
+    finally:
+        switch_back(needed)
 
 
 def _versions(call: Problem) -> tuple[int | None, ...]:

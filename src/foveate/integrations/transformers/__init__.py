@@ -6,9 +6,11 @@ future. Importing this registers them.
 
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.cache import GrowingCache
+from foveate.integrations.transformers.layers import is_layer
 from foveate.integrations.transformers.masks import mask
 from foveate.integrations.transformers.patching import (
     Patched,
+    is_on,
     is_patched,
     patch,
     register,
@@ -24,6 +26,8 @@ __all__ = [
     "Mask",
     "Patched",
     "attention",
+    "is_layer",
+    "is_on",
     "is_patched",
     "mask",
     "patch",

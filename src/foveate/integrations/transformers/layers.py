@@ -70,6 +70,11 @@ def kind_of(kind: type) -> str:
     return "bypassed" if _is_called_attention(kind) and called & _OWN else ""
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module calls transformers' attention interface itself."""
+    return kind_of(type(module)) == "reached"
+
+
 def _is_called_attention(kind: type) -> bool:
     return "Attention" in kind.__name__ or "Attn" in kind.__name__
 

@@ -17,7 +17,7 @@ from foveate.integrations import recomputing
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
-from foveate.integrations.transformers.switching import BEFORE, NAME, POSITIONS, Switch, contradicts_causal, plans
+from foveate.integrations.transformers.switching import BEFORE, NAME, POSITIONS, Plan, Switch, contradicts_causal, plans
 from foveate.pattern.algebra import Pattern
 from foveate.words import explained
 
@@ -55,17 +55,17 @@ def unregister() -> None:
 
 
 class Patched:
-    """One model that computes its attention with foveate; the end of a `with` gives it back, as `unpatch` does.
+    """One model that computes its attention with foveate; the end of a `with` gives it back, if `unpatch` did not.
 
     `layers` are the names of the attention layers that are reached, in the order of `model.named_modules()`;
     `bypassed` the classes of those that are not.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], bypassed: list[str]) -> None:
+    def __init__(self, switch: Switch, layers: list[str], bypassed: list[str]) -> None:
         self.layers = layers
         self.bypassed = bypassed
-        self._name = type(model).__name__
-        self._model = weakref.ref(model)
+        self._name = switch.name
+        self._switch = weakref.ref(switch)
 
     def __enter__(self) -> Patched:
         return self
@@ -73,9 +73,9 @@ class Patched:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        model = self._model()
-        if model is not None:
-            unpatch(model)
+        switch = self._switch()
+        if switch in recomputing.in_force():  # a patch that was made after this one was undone is not ours to undo
+            recomputing.end(switch)
 
     def __repr__(self) -> str:
         beside = f", not {', '.join(self.bypassed)}" if self.bypassed else ""
@@ -110,8 +110,8 @@ def patch(
             contradicts the model's own mask. The model is left as it was.
     """
     reached, bypassed = attention_layers(model)
-    if plans(model):
-        raise InvalidInput(f"{type(model).__name__} is patched already: unpatch it first")
+    if made := plans(model):
+        raise InvalidInput(_patched_already(model, made[0]))
     if pattern is None and layers is not None:
         raise InvalidInput(f"layers is {layers!r} but no pattern was given for them: give pattern=")
     narrowed, giving = _asked(model, reached, pattern, layers, weights_from)
@@ -132,10 +132,11 @@ def patch(
                 stacklevel=2,
             )
     except BaseException:
+        switch.switched = [(config, name, config._attn_implementation) for config, name in before]  # as far as it came
         switch.off()
         raise
     recomputing.begin(switch)
-    return Patched(model, list(reached), bypassed)
+    return Patched(switch, list(reached), bypassed)
 
 
 @explained
@@ -155,6 +156,23 @@ def unpatch(model: nn.Module) -> None:
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` was called on this model, or on one that it is a copy of, and not undone."""
     return bool(_switches(model))
+
+
+def is_on(model: nn.Module) -> bool:
+    """Whether every layer that can be reached computes with foveate by `patch`, of this model or one around it."""
+    layers = attention_layers(model)[0].values()
+    return len(plans(model)) == len(layers)
+
+
+def _patched_already(model: nn.Module, plan: Plan) -> str:
+    """Which model it is, this one, a part of it or one around it, whose patch is in the way."""
+    name = type(model).__name__
+    root = None if plan.switch is None or plan.switch.root is None else plan.switch.root()
+    if root is None or root is model:
+        return f"{name} is patched already: unpatch it first"
+    if any(root is part for part in model.modules()):
+        return f"{type(root).__name__}, a part of {name}, is patched already: unpatch that first"
+    return f"{type(root).__name__}, which {name} is a part of, is patched already: unpatch that first"
 
 
 def _switches(model: nn.Module) -> list[Switch]:

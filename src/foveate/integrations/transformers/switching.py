@@ -84,9 +84,10 @@ class Switch:
                 setattr(layer, PLAN, Plan(pattern, gives_weights, self))
 
     def off(self) -> None:
-        """Put back what was there before."""
-        for config, before, _ in self.switched:
-            config._attn_implementation = before
+        """Put back what was there before, where nobody has chosen another attention meanwhile."""
+        now = [config._attn_implementation for config, _, _ in self.switched]
+        for (config, before, after), found in zip(self.switched, now, strict=True):
+            config._attn_implementation = before if found == after else found
             BEFORE.pop(id(config), None)
         for held, _, _ in self._asked:
             if (layer := held()) is not None:
