@@ -5,7 +5,7 @@
 Dosovitskiy et al. 2020: https://arxiv.org/abs/2010.11929. The picture shows eight digits that it has never seen, and
 where the class token looks in the last layer.
 
-    python examples/digits.py                     # needs pip install "foveate[examples]"
+    python examples/digits.py                     # needs pip install -e ".[examples]"
     python examples/digits.py --epochs 1 --out    # a taste, and no picture
 """
 

@@ -7,7 +7,7 @@ One model does both; the first token says which. It writes with `generate`, each
 it. The picture shows where it looks while it writes: from the last digit to the first when it reverses, and for all
 equal digits when it sorts.
 
-    python examples/reverse_and_sort.py                   # needs pip install "foveate[examples]"
+    python examples/reverse_and_sort.py                   # needs pip install -e ".[examples]"
     python examples/reverse_and_sort.py --steps 20 --out  # a taste, and no picture
 """
 

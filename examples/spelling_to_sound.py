@@ -1,6 +1,6 @@
 """From the spelling of a word to its sound, with four attentions: additive, dot, local-m and local-p.
 
-    pip install "foveate[examples]"
+    pip install -e ".[examples]"
     python examples/spelling_to_sound.py          20,000 words: a table, and spelling_to_sound.png with the alignments
     python examples/spelling_to_sound.py --full   50,000 words, longer; writes examples/results/
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 from foveate.pattern import catalogue as fv
 from foveate.pattern.algebra import Pattern
 
@@ -54,7 +55,7 @@ def draw(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InvalidInput('the picture needs matplotlib: pip install "foveate[see]"') from error
+        raise InvalidInput(f"the picture needs matplotlib: {how_to_install('see')}") from error
     examples = gallery()
     columns = 6
     rows = -(-len(examples) // columns)

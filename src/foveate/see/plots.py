@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def picture(report: Report, *, layer: int, head: int, token: int | None, path: P
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise InvalidInput('drawing needs matplotlib: pip install "foveate[see]"') from missing
+        raise InvalidInput(f"drawing needs matplotlib: {how_to_install('see')}") from missing
 
     short = length <= SHORT
     shown = range(length) if short else _top(report, layer, head, token)

