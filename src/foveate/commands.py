@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +13,8 @@ import typer
 
 from foveate.bench.command import bench
 from foveate.errors import FoveateError, InvalidInput
-from foveate.paths import checked
+from foveate.once import Once
+from foveate.paths import checked, standard_input, writing
 
 app = typer.Typer(
     help="Every attention mechanism under one meaning, and a way to see what a model looks at.",
@@ -42,7 +45,7 @@ def _root(
     """Options that come before a command."""
 
 
-@app.command()
+@app.command(cls=Once)
 def see(
     text: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
     model: Annotated[
@@ -50,7 +53,9 @@ def see(
     ] = None,
     layer: Annotated[int | None, typer.Option(help="One layer, counted from 0.")] = None,
     head: Annotated[int | None, typer.Option(help="One head, counted from 0.")] = None,
-    word: Annotated[str | None, typer.Option("--from", metavar="WORD", help="The word that looks.")] = None,
+    word: Annotated[
+        str | None, typer.Option("--from", metavar="WORD", help="The word that looks: the mean of its tokens.")
+    ] = None,
     out: Annotated[
         list[Path] | None, typer.Option(help="Also write a page (.html) or a picture (.png, .svg); may be repeated.")
     ] = None,
@@ -63,25 +68,32 @@ def see(
     from foveate.see.text import see_text
 
     paths = [checked(path, _SUFFIXES) for path in out or []]
-    sentence = see_text(sys.stdin.read() if text == "-" else text, model, k=k)
+    if os.path.isfile(text):  # a Path would not forgive a long text
+        print(f"foveate: {text} is the name of a file, and the name is what is read: did you mean "
+              f"`foveate see - < {shlex.quote(text)}`?", file=sys.stderr)  # fmt: skip
+    sentence = see_text(standard_input() if text == "-" else text, model, k=k)
     check_place(sentence.report, layer, head)
-    row = sentence.places(word)[0] if word is not None else None
+    rows = sentence.places(word) if word is not None else None
     console = Console(emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # a file has no edge to wrap at
     show(sentence, console, layer=layer, head=head, word=word)
     for path in paths:
         if path.suffix == ".html":
             from foveate.see.page import render
 
-            page = render(sentence.report, layer=layer or 0, head=head or 0, token=row)
-            path.write_text(page, encoding="utf-8")
+            page = render(sentence.report, layer=layer or 0, head=head or 0, token=rows)
+            with writing(path):
+                path.write_text(page, encoding="utf-8")
         else:
             from foveate.see.plots import picture
 
-            picture(sentence.report, layer=layer or 0, head=head or 0, token=row, path=path)
+            with writing(path):
+                picture(sentence.report, layer=layer or 0, head=head or 0, token=rows, path=path)
         console.print(f"wrote {path}", highlight=False)
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(cls=Once, context_settings={"allow_interspersed_args": False})
 def run(
     script: Annotated[Path, typer.Argument(help="The Python script to run, unchanged.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="What the script is given.")] = None,
@@ -92,9 +104,10 @@ def run(
 
     from foveate.arrival import once_loaded
     from foveate.integrations.torch import accelerate
+    from foveate.script import is_sound
 
-    if not script.exists():
-        raise InvalidInput(f"run was given {script}: there is no such file")
+    if not is_sound(script):
+        raise typer.Exit(1)
     sys.argv = [str(script), *(arguments or [])]
     sys.path[0] = str(script.absolute().parent)  # where a script finds its neighbours
     with accelerate() as acceleration, once_loaded("transformers.modeling_utils", _register):
@@ -124,29 +137,36 @@ def doctor() -> None:
     typer.echo(report())
 
 
-@app.command()
+@app.command(cls=Once)
 def patterns(
-    out: Annotated[Path | None, typer.Option(help="Write the gallery as a picture (.png or .svg) instead.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Only this one, such as longformer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a picture (.png or .svg) instead.")] = None,
 ) -> None:
-    """Draw every pattern: who may attend to whom."""
+    """Draw every pattern, or one by its name: who may attend to whom."""
     from rich.columns import Columns
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    from foveate.see.gallery import draw, gallery
+    from foveate.see.gallery import draw, examples_of
 
     console = Console()
     if out is not None:
         if checked(out, _SUFFIXES).suffix == ".html":
             raise InvalidInput(f"--out {out}: the gallery is a picture, .png or .svg")
-        draw(out)
+        examples_of(name)  # a name that is none is told before anything is drawn
+        with writing(out):
+            draw(out, name)
         console.print(f"wrote {out}", highlight=False)
         return
     pictures = []
-    for name, pattern in gallery():
+    for expression, pattern in examples_of(name):
         dots = pattern.picture(16, 16).replace("1", "■").replace(".", "·")
-        pictures.append(Panel(Text(dots), title=Text(name), width=max(35, min(len(name) + 6, 52)), padding=0))
+        width = max(35, min(len(expression) + 6, 52))
+        if width <= console.width:
+            pictures.append(Panel(Text(dots), title=Text(expression), width=width, padding=0))
+        else:  # a title would be cut: as a line it wraps
+            pictures.append(Panel(Text(f"{expression}\n{dots}"), width=35, padding=0))
     console.print(Columns(pictures))
 
 
