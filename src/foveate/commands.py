@@ -184,6 +184,7 @@ def mechanisms(
     console = Console(emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has no edge to wrap at
+    narrow = console.width < 100  # six columns would be a few letters wide each
     table = Table(show_lines=True)
     for heading in ("mechanism", "equation, call", "cost", "can", "runs in", "paper"):
         table.add_column(heading, overflow="fold")
@@ -198,5 +199,9 @@ def mechanisms(
             ", ".join(one.backends) or "one way",
             f"{one.paper}\n{one.link}",
         )
-        table.add_row(*map(Text, cells))
-    console.print(table)
+        if narrow:
+            console.print(Text("\n".join(filter(None, cells)) + "\n"))
+        else:
+            table.add_row(*map(Text, cells))
+    if not narrow:
+        console.print(table)

@@ -18,6 +18,6 @@ class Once(TyperCommand):
             single = option.param_type_name == "option" and not getattr(option, "is_flag", False)
             if single and not option.multiple and given.count(option) > 1:
                 raise InvalidInput(
-                    f"{option.opts[0]} was given {given.count(option)} times: wanted it once; run the command once for each"
+                    f"{option.opts[0]} was given {given.count(option)} times: wanted once; run the command for each"
                 )
         return list(super().parse_args(ctx, args))

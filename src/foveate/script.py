@@ -33,7 +33,7 @@ def is_sound(path: Path) -> bool:
         raise InvalidInput(f"run was given {path}, which cannot be read: {error.strerror or error}") from error
     except (SyntaxError, ValueError) as error:
         if path.suffix in (".py", ".pyw"):
-            sys.excepthook(type(error), error, None)
+            sys.excepthook(type(error), error.with_traceback(None), None)
             return False
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error

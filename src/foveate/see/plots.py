@@ -65,7 +65,7 @@ def _looks_at(report: Report, layer: int, head: int, rows: list[int]) -> dict[in
 
 def _heading(axes: Axes, report: Report, layer: int, head: int, rows: list[int]) -> None:
     if rows:
-        mean = f", mean of its {len(rows)} tokens" if len(rows) > 1 else ""
+        mean = f", mean of its {len(rows)} tokens," if len(rows) > 1 else ""
         reading = f"What “{' '.join(_visible(report.tokens[row]) for row in rows)}”{mean} looks at"
     else:
         reading = "What every token looks at" if len(report.tokens) <= SHORT else "What is looked at most"

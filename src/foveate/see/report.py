@@ -44,7 +44,7 @@ class Report:
         return total / len(rows)
 
     def rows(self, layer: int, head: int, token: int | Sequence[int] | None) -> list[int]:
-        """The rows of one token or of a word's tokens, none for None; raises `InvalidInput` for a place that is not there."""
+        """The rows of a token or of a word's tokens, none for None; raises `InvalidInput` for what is not there."""
         rows = [] if token is None else [token] if isinstance(token, int) else [*token]
         layers, heads, length, _ = self.weights.shape
         places = [("layer", layer, layers), ("head", head, heads), *(("token", row, length) for row in rows)]

@@ -103,7 +103,7 @@ def _caption(report: Report, layer: int | None, head: int | None, word: str | No
     where = "mean of all heads" if layer is None and head is None else _place(layer, head)
     if word is None:
         return f"{where}: the mean weight that each token receives"
-    pieces = f", mean of its {len(rows)} tokens" if len(rows) > 1 else ""
+    pieces = f", mean of its {len(rows)} tokens," if len(rows) > 1 else ""
     return f"{where}: where “{word}”{pieces} looks"
 
 
