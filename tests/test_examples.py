@@ -188,5 +188,5 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(
 
     monkeypatch.setattr(module, "train", trained)
     (tmp_path / "file").write_text("")
-    with pytest.raises((ValueError, OSError), match="folder|[Nn]ot a directory|exists"):
+    with pytest.raises((ValueError, OSError), match=r"folder|[Nn]ot a directory|exists"):
         module.main(["--out", str(tmp_path / "file" / "a.png")])
