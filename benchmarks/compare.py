@@ -173,6 +173,10 @@ def main() -> None:
         return
     if arguments.before is None:
         parser.error("name the other checkout")
+    if arguments.out:
+        from foveate.paths import checked
+
+        checked(arguments.out, (".json",))  # before half an hour of measuring
     work = [row for row in rows() if not arguments.only or arguments.only in f"{row['table']}: {row['name']}"]
     found = compare(arguments.before, work, arguments.rounds)
     for row in sorted(found["rows"], key=lambda row: -row["ratio"]):  # type: ignore[arg-type,index]

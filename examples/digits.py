@@ -5,7 +5,7 @@
 Dosovitskiy et al. 2020: https://arxiv.org/abs/2010.11929. The picture shows eight digits that it has never seen, and
 where the class token looks in the last layer.
 
-    python examples/digits.py                     # needs pip install "foveate[examples]"
+    python examples/digits.py                     # needs pip install -e ".[examples]"
     python examples/digits.py --epochs 1 --out    # a taste, and no picture
 """
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
 import foveate as fv
+from foveate.paths import checked
 
 PATCH, SIDE, DIM, HEADS, LAYERS = 2, 8, 64, 4, 4
 PLACES = (SIDE // PATCH) ** 2
@@ -129,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
         "--out", type=Path, nargs="?", default=Path("digits.png"), help="the picture; none without a name"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.out:
+        checked(chosen.out, (".png", ".svg", ".pdf"))  # before anything is trained
     torch.set_num_threads(1)  # sums in one order on any machine, and matrices too small to share
     start = time.perf_counter()
     print("epoch    loss  learned   never seen")

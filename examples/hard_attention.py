@@ -228,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     steps, seeds = given.steps or (3000 if given.full else 1500), given.seeds or (3 if given.full else 1)
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
+    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before anything is trained
     work = [Settings(way, seed, steps, given.batch, given.scenes) for seed in range(seeds) for way in WAYS]
     started = time.perf_counter()
     if given.jobs == 1:

@@ -272,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     length, seeds = given.length, given.seeds or (2 if given.full else 1)
     dense, warm_up, sparse = given.steps or ((800, 300, 200) if given.full else (500, 300, 200))
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
+    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before anything is trained
     work = [Plan(seed, dense, warm_up, sparse, tuple(given.by), tuple(given.trained), length, length // 8,
                  names=given.names) for seed in range(seeds)]  # fmt: skip
     started = time.perf_counter()

@@ -280,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     states = given.states or ([512, 1024, 2048, 4096] if given.full else [512, 2048])
     steps = given.steps or (1000 if given.full else 600)
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
+    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before anything is trained
     asked = {"length": given.length, "pairs": given.pairs, "names": given.names}
     ways = [(way, state) for way in reversed(WAYS) for state in states if way != "softmax"]
     ways.append(("softmax", 2 * DIM * given.length))  # no choice of a size

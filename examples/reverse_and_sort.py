@@ -7,7 +7,7 @@ One model does both; the first token says which. It writes with `generate`, each
 it. The picture shows where it looks while it writes: from the last digit to the first when it reverses, and for all
 equal digits when it sorts.
 
-    python examples/reverse_and_sort.py                   # needs pip install "foveate[examples]"
+    python examples/reverse_and_sort.py                   # needs pip install -e ".[examples]"
     python examples/reverse_and_sort.py --steps 20 --out  # a taste, and no picture
 """
 
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import foveate as fv
+from foveate.paths import checked
 
 PAD, BEGIN, END, REVERSE, SORT, ZERO = range(6)
 TASKS = {"reverse": REVERSE, "sort": SORT}
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "--out", type=Path, nargs="?", default=Path("reverse_and_sort.png"), help="the picture; none without a name"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.out:
+        checked(chosen.out, (".png", ".svg", ".pdf"))  # before anything is trained
     torch.set_num_threads(1)  # sums in one order on any machine, and matrices too small to share
     start = time.perf_counter()
     print(" step    loss  reversed   sorted")

@@ -1,6 +1,6 @@
 """From the spelling of a word to its sound, with four attentions: additive, dot, local-m and local-p.
 
-    pip install "foveate[examples]"
+    pip install -e ".[examples]"
     python examples/spelling_to_sound.py          20,000 words: a table, and spelling_to_sound.png with the alignments
     python examples/spelling_to_sound.py --full   50,000 words, longer; writes examples/results/
 
@@ -231,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     words, epochs = given.words or (50_000 if given.full else 20_000), given.epochs or (8 if given.full else 10)
     folder = given.out or (Path(__file__).parent / "results" if given.full else Path())
+    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before anything is trained
     work = [Settings(way, given.seed, words, epochs, given.dim) for way in WAYS]
     started = time.perf_counter()
     if given.jobs == 1:

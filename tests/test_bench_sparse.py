@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate import cli
+from foveate import commands
 from foveate.bench import alignment, sparse
 from foveate.bench.results import read
 from foveate.bench.rows import Row
@@ -79,7 +79,7 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
 def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / f"found.{kind}" for kind in ("json", "csv", "svg")]
     with pytest.raises(SystemExit) as done:
-        cli.app(["bench", "sparse", "--quick", "--runs", "1", *(f"--out={file}" for file in files)])
+        commands.app(["bench", "sparse", "--quick", "--runs", "1", *(f"--out={file}" for file in files)])
     assert done.value.code == 0
     assert "selections" in capsys.readouterr().out
     assert [row.section for row in read(files[0]).rows] == [row.section for row in sparse.table()]

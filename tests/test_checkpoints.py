@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import nn
 import foveate as fv
 from foveate import checkpoints, tensorfiles
 from foveate.bench.memory import peak, start
+from foveate.installing import how_to_install
 from foveate.models import dit, gpt2, llama
 
 CONFIG = gpt2.Config(vocabulary=13, positions=11, dim=6, layers=2, heads=2, hidden=10)
@@ -375,7 +377,7 @@ def test_ids_go_through_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_the_hubs_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(fv.InvalidInput, match="pip install huggingface_hub"):
+    with pytest.raises(fv.InvalidInput, match=re.escape(how_to_install("hf"))):
         fv.from_pretrained("someone/model")
 
 

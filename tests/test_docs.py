@@ -138,7 +138,7 @@ def commands() -> list[tuple[str, str]]:
 def test_every_command_of_ours_runs(command: str, page: str) -> None:
     from typer.testing import CliRunner
 
-    from foveate.cli import app
+    from foveate.commands import app
 
     program, *arguments = shlex.split(command)
     assert program == "foveate", page

@@ -173,3 +173,20 @@ def test_an_indexer_finds_the_keys_after_its_warm_up(tmp_path: Path, monkeypatch
         assert share(found["own best"][column]) > 0.9
     everything = (tmp_path / "indexer.md").read_text("utf-8").partition("With every key: ")[2].partition(".\n")[0]
     assert found["untrained"][3] == found["warmed up"][3] == everything  # all 32 keys: no choice is left
+
+
+@pytest.mark.parametrize("name", ["digits", "reverse_and_sort", "hard_attention", "recall"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in ("digits", "hard_attention"):
+        pytest.importorskip("sklearn")
+    module = example(name)
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError("trained before the place was looked at")
+
+    monkeypatch.setattr(module, "train", trained)
+    (tmp_path / "file").write_text("")
+    with pytest.raises((ValueError, OSError), match=r"folder|[Nn]ot a directory|exists"):
+        module.main(["--out", str(tmp_path / "file" / "a.png")])

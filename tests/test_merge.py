@@ -1,7 +1,8 @@
 """Attention over parts of the keys, merged, is attention over all of them."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,62 @@ def test_merge_is_associative_and_has_no_order(seed, order):
         near(other[1], whole[1])
     assert (whole[1][:, :, 4:] == -math.inf).all()
     assert (whole[0][:, :, 4:] == 0).all()
+
+
+SHIFTS = {
+    "causal": fv.causal,
+    "window": fv.window(3),
+    "rule": fv.rule(lambda batch, head, query, key: (query - key) % 3 < 2),
+    "~": ~fv.causal | fv.window(2, step=2),
+}
+COUNTED = {
+    "prefix": fv.prefix(6) | fv.causal,
+    "chunks": fv.chunks(4),
+    "every": fv.every(4),
+    "documents": fv.documents(torch.tensor([0] * 6 + [1] * 7)),
+    "global_tokens": fv.global_tokens([2]) | fv.causal,
+    "streaming": fv.streaming(2, 3),
+}
+
+
+def in_parts(q, k, v, pattern, score, cut, backend):
+    """What the tour tells people who hold the keys in two parts."""
+    first = fv.attention_with_lse(q, k[:, :, :cut], v[:, :, :cut], pattern, score=score, query_start=0, backend=backend)
+    second = fv.attention_with_lse(
+        q, k[:, :, cut:], v[:, :, cut:], pattern, score=score, query_start=-cut, backend=backend
+    )
+    return fv.merge([first, second])[0]
+
+
+@both
+@pytest.mark.parametrize("cut", [1, 5, 12])
+def test_parts_of_the_keys_hold_for_every_pattern_of_the_distance(cut, backend):
+    q, k, v = tensors(13, 13, 0)
+    scores = (None, fv.alibi(fv.alibi_slopes(HEADS)), fv.relative_bias(random(7, HEADS)))
+    for pattern, score in product([None, *SHIFTS.values()], scores):
+        whole = fv.attention(q, k, v, pattern, score=score, query_start=0, backend=backend)
+        near(in_parts(q, k, v, pattern, score, cut, backend), whole)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parts_of_the_keys_do_not_hold_for_patterns_that_count_from_the_first_key(name):
+    """A part is a legal call, so nothing is refused; all keys with a pattern for each part are the way out."""
+    (q, k, v), pattern, cut = tensors(13, 13, 0), COUNTED[name], 5
+    whole = fv.attention(q, k, v, pattern)
+    assert (in_parts(q, k, v, pattern, None, cut, "auto") - whole).abs().max() > 0.1
+    parts = [fv.attention_with_lse(q, k, v, pattern & part) for part in (fv.prefix(cut), ~fv.prefix(cut))]
+    near(fv.merge(parts)[0], whole)
+
+
+def test_the_tour_names_the_patterns_for_which_parts_hold_and_those_for_which_they_do_not():
+    tour = (Path(__file__).parent.parent / "docs" / "tour.md").read_text(encoding="utf-8")
+    holds, _, others = tour.partition("**This holds for what depends on query − key alone**")[2].partition(
+        "Every other"
+    )
+    for name in (*SHIFTS, "alibi", "relative_bias"):
+        assert f"`{name}`" in holds, name
+    for name in COUNTED:
+        assert f"`{name}`" in others.partition("```")[0], name
 
 
 def test_a_part_without_keys_has_no_say_whatever_it_holds():

@@ -237,6 +237,58 @@ def test_page_follows_one_key_through_every_head(page_of: Open) -> None:
         assert weight in said
 
 
+def test_a_word_of_several_tokens_is_their_mean_on_the_page(page_of: Open) -> None:
+    """As in the terminal, where `--from` says the same."""
+    report, word = made_up(2, 3, 11, 7), [3, 4, 5]
+    page = page_of(report, layer=1, head=2, token=word)
+    page.locator('body[data-token="11"]').wait_for(timeout=PATIENCE)
+    mean = report.looks(1, 2, word)
+    table = listed(page)
+    assert len(table) == int((mean > 0).sum())
+    assert [share for _, share in table] == pytest.approx([float(mean[key]) for key, _ in table], abs=6e-4)
+    assert [share for _, share in table] == sorted((share for _, share in table), reverse=True)
+    rest = float(page.locator("#keys tfoot").text_content().split()[-1].strip("<%")) / 100
+    assert rest == pytest.approx(1 - float(mean.sum()), abs=6e-4)
+    assert "mean of its 3 tokens" in page.locator("#claim").text_content()
+    assert "“word3 word4 word5” looks at" in page.locator("#keys-title").text_content()
+    chosen = page.locator("#tokens .source").evaluate_all("chips => chips.map(chip => Number(chip.dataset.token))")
+    assert chosen == word
+    target = table[0][0]
+    for cell in range(6):
+        weight = float(report.looks(cell // 3, cell % 3, word)[target])
+        said = page.locator("#cells button").nth(cell).get_attribute("aria-label")
+        assert f"{weight:.1%}" in said if weight else "not shown, at most" in said
+    page.locator("#received").click()
+    page.locator('body[data-received="true"]').wait_for(timeout=PATIENCE)
+    total = float(report.received[1, 2, word].sum())
+    assert f"receives {'100%' if total > 0.9995 else f'{total:.1%}'}" in page.locator("#claim").text_content()
+    page.locator("#from").click()
+    page.keyboard.press("ArrowRight")
+    assert_shows(page, report, 1, 2, 4)
+
+
+@pytest.mark.parametrize("length", [12, 61])
+def test_a_word_of_several_tokens_is_their_mean_in_the_picture(length: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Text
+
+    report, word = made_up(1, 1, length, 5), [3, 4]
+    written: list[str] = []
+    keep = Text.set_text
+
+    def heard(self: Text, words: object) -> None:
+        written.append(str(words))
+        keep(self, words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "set_text", heard)
+        picture(report, layer=0, head=0, token=word, path=tmp_path / "word.svg")
+    mean = report.looks(0, 0, word)
+    assert "What “word3 word4”, mean of its 2 tokens, looks at" in written
+    assert f"{float(mean.max()):.1%}" in written
+    assert f"{1 - float(mean.sum()):.1%}" in written
+
+
 def test_page_says_what_each_token_receives_and_that_the_list_is_partial(page_of: Open) -> None:
     report = made_up(2, 3, 11, 2)
     page = page_of(report, layer=1, head=1, token=4)

@@ -10,6 +10,7 @@ import pytest
 from families import build
 
 import foveate as fv
+from foveate.installing import how_to_install
 from foveate.integrations.transformers import NAME
 
 
@@ -49,5 +50,5 @@ def test_a_transformers_without_the_interface_is_named(monkeypatch: pytest.Monke
 
 def test_a_missing_transformers_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(fv.FoveateError, match=r'transformers is missing: pip install "foveate\[hf\]"'):
+    with pytest.raises(fv.FoveateError, match=re.escape(f"transformers is missing: {how_to_install('hf')}")):
         fv.register()

@@ -61,6 +61,28 @@ def test_a_word_is_found_as_a_whole_word_first(sentence: Sentence) -> None:
         sentence.places("dog")
 
 
+def test_a_word_of_several_tokens_means_the_same_in_the_terminal_on_the_page_and_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from foveate.commands import app
+
+    given = []
+    for place in ("foveate.see.page.render", "foveate.see.plots.picture"):
+        monkeypatch.setattr(place, lambda report, *, token, path=None, **_: given.append(token) or "")
+    outs = [f"--out={tmp_path / name}" for name in ("a.html", "a.png")]
+    said = CliRunner().invoke(app, ["see", TEXT, "--from", "didn't", "--layer", "3", "--head", "1", *outs])
+    assert "where “didn't”, mean of its 3 tokens, looks" in said.output
+    assert given == [[3, 4, 5], [3, 4, 5]]
+
+
+def test_where_a_word_looks_is_the_mean_of_its_rows(sentence: Sentence) -> None:
+    rows = sentence.places("didn't")
+    truth = _eager(TEXT)[3][0, 1, rows].mean(0)
+    torch.testing.assert_close(sentence.report.looks(3, 1, rows), truth, atol=1e-5, rtol=0)
+
+
 def test_five_hundred_tokens_in_seconds() -> None:
     start = time.perf_counter()
     shown = see_text("the animal crossed the street again and again " * 62).report

@@ -18,6 +18,7 @@ from torch import Tensor
 from vision import load_timm
 
 import foveate as fv
+from foveate.installing import how_to_install
 from foveate.integrations.timm import attention
 
 if find_spec("timm") is None:
@@ -151,7 +152,7 @@ def test_key_heads_that_do_not_fit_are_refused() -> None:
 
 def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm.layers", None)
-    with pytest.raises(fv.InvalidInput, match=r'needs timm: pip install "foveate\[timm\]"'):
+    with pytest.raises(fv.InvalidInput, match=re.escape(f"needs timm: {how_to_install('timm')}")):
         attention()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from foveate.errors import InvalidInput, unknown_name
+from foveate.installing import how_to_install
 from foveate.models import FAMILIES, formats, kind_of
 from foveate.naming import Entry, Format, Plan, config_from, config_to, generation_to, matches, plan
 from foveate.saving import CONFIG, GENERATION, write_folder
@@ -130,9 +131,7 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise InvalidInput(
-            f"{name} is no folder here; to look for it on the hub: pip install huggingface_hub"
-        ) from None
+        raise InvalidInput(f"{name} is no folder here; to look for it on the hub: {how_to_install('hf')}") from None
     try:
         both = TRANSFORMERS, DIFFUSERS
         tensors = [name for files in both for name in (files.single, files.index, f"{files.stem}-*.safetensors")]

@@ -1,220 +1,41 @@
-"""The command line: each command is one call of a public function; heavy imports happen inside the commands."""
+"""The command line before its libraries are needed: the version, the doctor, and what to install for all else."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
-from pathlib import Path
-from typing import Annotated
 
-from foveate.errors import FoveateError, InvalidInput
-from foveate.paths import checked
-
-try:
-    import typer
-
-    from foveate.bench.command import bench
-except ImportError:
-    sys.exit('the command line needs typer and rich: pip install "foveate[see]"')
-
-app = typer.Typer(
-    help="Every attention mechanism under one meaning, and a way to see what a model looks at.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-app.add_typer(bench, name="bench")
-
-_SUFFIXES = (".html", ".png", ".svg")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from foveate import __version__
-
-        typer.echo(f"foveate {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
-        False
-    ),
-) -> None:
-    """Options that come before a command."""
-
-
-@app.command()
-def see(
-    text: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
-    model: Annotated[
-        str | None, typer.Option(help="A Hugging Face model: a folder or a hub id. Default: the bundled MiniLM.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="One layer, counted from 0.")] = None,
-    head: Annotated[int | None, typer.Option(help="One head, counted from 0.")] = None,
-    word: Annotated[str | None, typer.Option("--from", metavar="WORD", help="The word that looks.")] = None,
-    out: Annotated[
-        list[Path] | None, typer.Option(help="Also write a page (.html) or a picture (.png, .svg); may be repeated.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="How many keys of each row to keep.", min=1)] = 16,
-) -> None:
-    """Show what each word of a text looks at, in every layer and head of a model."""
-    from rich.console import Console
-
-    from foveate.see.terminal import check_place, show
-    from foveate.see.text import see_text
-
-    paths = [checked(path, _SUFFIXES) for path in out or []]
-    sentence = see_text(sys.stdin.read() if text == "-" else text, model, k=k)
-    check_place(sentence.report, layer, head)
-    row = sentence.places(word)[0] if word is not None else None
-    console = Console(emoji=False)
-    show(sentence, console, layer=layer, head=head, word=word)
-    for path in paths:
-        if path.suffix == ".html":
-            from foveate.see.page import render
-
-            page = render(sentence.report, layer=layer or 0, head=head or 0, token=row)
-            path.write_text(page, encoding="utf-8")
-        else:
-            from foveate.see.plots import picture
-
-            picture(sentence.report, layer=layer or 0, head=head or 0, token=row, path=path)
-        console.print(f"wrote {path}", highlight=False)
-
-
-@app.command(context_settings={"allow_interspersed_args": False})
-def run(
-    script: Annotated[Path, typer.Argument(help="The Python script to run, unchanged.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="What the script is given.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Do not report how many calls went where.")] = False,
-) -> None:
-    """Run a script with PyTorch's attention on our kernels; at its end say on standard error what was reached."""
-    import runpy
-
-    from foveate.arrival import once_loaded
-    from foveate.integrations.torch import accelerate
-
-    if not script.exists():
-        raise InvalidInput(f"run was given {script}: there is no such file")
-    sys.argv = [str(script), *(arguments or [])]
-    sys.path[0] = str(script.absolute().parent)  # where a script finds its neighbours
-    with accelerate() as acceleration, once_loaded("transformers.modeling_utils", _register):
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except Exception as error:  # a fault of the script's own, of whatever kind, is shown as Python shows it
-            sys.excepthook(type(error), error, error.__traceback__)
-            raise typer.Exit(1) from error
-        finally:
-            if not quiet:
-                print(acceleration.report(), file=sys.stderr)
-
-
-def _register() -> None:
-    """Let a script that loads transformers ask for attn_implementation="foveate"; one too old for it knows no such."""
-    with suppress(FoveateError):
-        from foveate.integrations.transformers import register
-
-        register()
-
-
-@app.command()
-def doctor() -> None:
-    """Say what this machine can run."""
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from foveate.dispatch import NAMES, choose
-    from foveate.machine import facts, packages
-    from foveate.problem import problem
-
-    console = Console()
-    for title, rows in (("machine", facts()), ("optional packages", packages())):
-        table = Table("", "", "", title=title, title_justify="left", show_header=False, box=None)
-        for fact in rows:
-            table.add_row(fact.name, fact.value, fact.hint.replace("[", r"\["))
-        console.print(table)
-        console.print()
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table = Table(
-        *("implementation", *devices), title="implementations, for a plain float32 call", title_justify="left"
-    )
-    columns = []
-    for device in devices:
-        x = torch.zeros(1, 1, 2, 8, device=device)
-        choice = choose(problem(x, x, x))
-        columns.append([("chosen" if name == choice.chosen else "; ".join(choice.refusals[name])) or "can run"
-                        for name in NAMES])  # fmt: skip
-    for name, *cells in zip(NAMES, *columns, strict=True):
-        table.add_row(name, *cells)
-    console.print(table)
-
-
-@app.command()
-def patterns(
-    out: Annotated[Path | None, typer.Option(help="Write the gallery as a picture (.png or .svg) instead.")] = None,
-) -> None:
-    """Draw every pattern: who may attend to whom."""
-    from rich.columns import Columns
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    from foveate.see.gallery import draw, gallery
-
-    console = Console()
-    if out is not None:
-        if checked(out, _SUFFIXES).suffix == ".html":
-            raise InvalidInput(f"--out {out}: the gallery is a picture, .png or .svg")
-        draw(out)
-        console.print(f"wrote {out}", highlight=False)
-        return
-    pictures = []
-    for name, pattern in gallery():
-        dots = pattern.picture(16, 16).replace("1", "■").replace(".", "·")
-        pictures.append(Panel(Text(dots), title=Text(name), width=max(35, min(len(name) + 6, 52)), padding=0))
-    console.print(Columns(pictures))
-
-
-@app.command()
-def mechanisms(
-    text: Annotated[str | None, typer.Argument(help="Only those with this text in their row.")] = None,
-) -> None:
-    """Print the whole family: equation, call, cost, paper, and what each one can do."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from foveate.mechanisms import chosen
-
-    console = Console(emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file has no edge to wrap at
-    table = Table(show_lines=True)
-    for heading in ("mechanism", "equation, call", "cost", "can", "runs in", "paper"):
-        table.add_column(heading, overflow="fold")
-    for one in chosen(text):
-        cells = (
-            f"{one.name}\n{one.family}",
-            "\n".join(
-                [one.equation, one.call, *([f"fv.nn.{one.layer}"] if one.layer and one.layer not in one.call else [])]
-            ),
-            one.cost,
-            "\n".join(one.abilities),
-            ", ".join(one.backends) or "one way",
-            f"{one.paper}\n{one.link}",
-        )
-        table.add_row(*map(Text, cells))
-    console.print(table)
+from foveate.errors import FoveateError
+from foveate.installing import how_to_install
 
 
 def main() -> None:
     """Run the command line; an error of ours is one sentence and exit code 2."""
     try:
-        app()
+        _run(sys.argv[1:])
     except FoveateError as error:
         print(f"foveate: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        from foveate import __version__
+
+        print(f"foveate {__version__}")
+    elif arguments == ["doctor"]:
+        from foveate.doctor import report
+
+        print(report())
+    else:
+        try:
+            import rich  # noqa: F401
+            import typer  # noqa: F401
+        except ImportError as missing:
+            raise FoveateError(
+                f"only `foveate --version` and `foveate doctor` work without typer and rich: {how_to_install('see')}"
+            ) from missing
+        from foveate.commands import app
+
+        app()
+        return
+    sys.exit()

@@ -203,7 +203,10 @@ def merge(
 ) -> tuple[Float[Tensor, "*batch heads queries value_dim"], Float[Tensor, "*batch heads queries"]]:
     """(out, lse) over the union of disjoint sets of keys, from `attention_with_lse` over each of them.
 
-    Exact and differentiable; a part in which a row sees no key has no say in that row.
+    Exact and differentiable; a part in which a row sees no key has no say in that row. Keys count from 0 in every part:
+    a part whose first key was at `cut` takes `query_start=-cut`, and only patterns and scores of query − key alone
+    (causal, window, ALiBi) then mean the same keys. For others pass all keys, and `pattern & prefix(cut)` beside
+    `pattern & ~prefix(cut)`.
     Milakov & Gimelshein 2018, "Online normalizer calculation for softmax": https://arxiv.org/abs/1805.02867
     """
     pairs = list(parts)

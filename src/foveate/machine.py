@@ -8,6 +8,8 @@ import platform
 import shutil
 from dataclasses import dataclass
 
+from foveate.installing import how_to_install
+
 # Package → the extra that installs it.
 _OPTIONAL = {
     "transformers": "hf",
@@ -77,5 +79,5 @@ def packages() -> list[Fact]:
         try:
             found.append(Fact(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Fact(name, "missing", f'pip install "foveate[{extra}]"'))
+            found.append(Fact(name, "missing", how_to_install(extra)))
     return found

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from foveate.errors import InvalidInput
-from foveate.paths import checked
+from foveate.once import Once
+from foveate.paths import checked, writing
 
 if TYPE_CHECKING:
     from foveate.bench.linear import LinearRow
@@ -34,7 +35,7 @@ _Runs = Annotated[int, typer.Option(help="How often each row is measured; the wo
 _Quick = Annotated[bool, typer.Option(help="Small shapes and no compiler: to test the benchmark.")]
 
 
-@bench.command("softmax")
+@bench.command("softmax", cls=Once)
 def bench_softmax(
     json: _Json = False,
     out: _Out = None,
@@ -60,7 +61,7 @@ def bench_softmax(
     _deliver(_results(rows, turn, tops, quick=quick, runs=runs), paths, json=json, old=old)
 
 
-@bench.command("linear")
+@bench.command("linear", cls=Once)
 def bench_linear(
     json: _Json = False,
     out: _Out = None,
@@ -80,7 +81,7 @@ def bench_linear(
     _deliver(found, paths, json=json, old=old)
 
 
-@bench.command("models")
+@bench.command("models", cls=Once)
 def bench_models(
     json: _Json = False,
     out: _Out = None,
@@ -100,7 +101,7 @@ def bench_models(
     _deliver(found, paths, json=json, old=old)
 
 
-@bench.command("sparse")
+@bench.command("sparse", cls=Once)
 def bench_sparse(
     json: _Json = False,
     out: _Out = None,
@@ -119,7 +120,7 @@ def bench_sparse(
     _deliver(found, paths, json=json, old=old)
 
 
-@bench.command("show")
+@bench.command("show", cls=Once)
 def bench_show(
     results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
     json: _Json = False,
@@ -133,7 +134,7 @@ def bench_show(
     _deliver(read(results), paths, json=json, old=old)
 
 
-@bench.command("preferences")
+@bench.command("preferences", cls=Once)
 def bench_preferences(
     results: Annotated[Path, typer.Argument(help="Results (.json) that a benchmark wrote.")],
 ) -> None:
@@ -203,10 +204,11 @@ def _deliver(results: Results, paths: list[Path], *, json: bool, old: Results | 
             console.width = 160  # a file has no edge to wrap at
         show(results, console, old=old)
     for path in paths:
-        if path.suffix in (".png", ".svg"):
-            picture(results, path)
-        else:
-            path.write_text(to_json(results) if path.suffix == ".json" else to_csv(results), encoding="utf-8")
+        with writing(path):
+            if path.suffix in (".png", ".svg"):
+                picture(results, path)
+            else:
+                path.write_text(to_json(results) if path.suffix == ".json" else to_csv(results), encoding="utf-8")
         typer.echo(f"wrote {path}", err=True)
     if results.wrong():
         for words in results.wrong():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.bench.results import Measured, Results, Verdict, counted
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def picture(results: Results, path: Path) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise InvalidInput('drawing needs matplotlib: pip install "foveate[see]"') from missing
+        raise InvalidInput(f"drawing needs matplotlib: {how_to_install('see')}") from missing
 
     bars, curves = _sections(results), [sweep for sweep in _SWEEPS if any(row.sweep == sweep for row in results.rows)]
     right = len(curves) * (_CURVE + _GAP) + 1.0

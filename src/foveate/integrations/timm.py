@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 from foveate.integrations.narrowing import narrowed
 from foveate.pattern.algebra import Pattern
 from foveate.values import whole
@@ -28,7 +29,7 @@ def attention(pattern: Pattern | None = None, *, key_heads: int | None = None) -
     try:
         from timm.layers import Attention
     except ImportError as missing:
-        raise InvalidInput('integrations.timm needs timm: pip install "foveate[timm]"') from missing
+        raise InvalidInput(f"integrations.timm needs timm: {how_to_install('timm')}") from missing
     if key_heads is not None:
         whole(key_heads, "key_heads", 1)
 

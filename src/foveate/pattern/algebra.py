@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 from foveate.pattern.strange import wanted_pattern
 from foveate.positions import Extent, Pairs, Tiles, grid
 from foveate.values import Held, Name, describe, device_misfits, identity, spelled, whole
@@ -181,11 +182,11 @@ class Pattern:
         return "\n".join(" ".join("1" if one else "." for one in row) for row in seen.tolist())
 
     def plot(self, queries: int = 64, keys: int = 64, *, ax: Axes | None = None, **where: Any) -> Axes:
-        """The matrix as an image (needs matplotlib: `pip install "foveate[see]"`); returns its axes."""
+        """The matrix as an image (needs matplotlib, which the extra `see` installs); returns its axes."""
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise InvalidInput('plot() needs matplotlib: pip install "foveate[see]"') from error
+            raise InvalidInput(f"plot() needs matplotlib: {how_to_install('see')}") from error
         axes: Axes = ax if ax is not None else pyplot.subplots(figsize=(3, 3))[1]
         axes.imshow(self.dense(queries, keys, **where)[-1, -1].tolist(), cmap="Blues", vmin=0, vmax=1.3)
         axes.set(title=repr(self), xlabel="key", ylabel="query", xticks=[], yticks=[])

@@ -1,11 +1,13 @@
 """One example of every pattern by name: what `foveate patterns` and the docs draw."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from foveate.errors import InvalidInput
+from foveate.errors import InvalidInput, unknown_name
+from foveate.installing import how_to_install
 from foveate.pattern import catalogue as fv
 from foveate.pattern.algebra import Pattern
 
@@ -49,17 +51,36 @@ def gallery() -> list[Example]:
     ]
 
 
-def draw(path: Path) -> None:
-    """The gallery as one picture, PNG or SVG by the suffix."""
+def examples_of(name: str | None) -> list[Example]:
+    """The examples of one pattern: it alone, or else those in which it takes part; all of them for None.
+
+    Raises:
+        InvalidInput: there is no such pattern.
+    """
+    examples = gallery()
+    if name is None:
+        return examples
+    asked = name.strip().removeprefix("fv.")
+    written = asked.partition("(")[0].lower().replace("-", "_")
+    same = [one for one in examples if one[0] in (asked, written)]
+    alone = [one for one in examples if re.fullmatch(rf"{re.escape(written)}\([^&|]*\)", one[0])]
+    known = sorted({word for each, _ in examples for word in re.findall(r"[a-z_]+", each) if word in vars(fv)})
+    if not same and written not in known:
+        raise unknown_name("pattern", name, known)
+    return same or alone or [one for one in examples if re.search(rf"\b{written}\b", one[0])]
+
+
+def draw(path: Path, name: str | None = None) -> None:
+    """The gallery, or one pattern of it, as one picture, PNG or SVG by the suffix."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InvalidInput('the picture needs matplotlib: pip install "foveate[see]"') from error
-    examples = gallery()
-    columns = 6
+        raise InvalidInput(f"the picture needs matplotlib: {how_to_install('see')}") from error
+    examples = examples_of(name)
+    columns = min(6, len(examples))
     rows = -(-len(examples) // columns)
     figure = Figure(figsize=(2.1 * columns, 2.35 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, pattern) in zip(grid.flat, examples, strict=False):
         pattern.plot(16, 16, ax=axes)
         axes.set_title(name.replace("rule(lambda b, h, q, k: ", "rule(… "), fontsize=7.5, family="monospace")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.errors import InvalidInput
+from foveate.installing import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,49 +22,51 @@ PAPER, INK, QUIET, EYE = "#fffefb", "#211d17", "#6d6558", "#0f6c8d"
 RAMP = ["#fffefb", "#ffe2b5", "#fb9a41", "#c2410c"]  # as on the page; heat follows the square root of the weight
 
 
-def picture(report: Report, *, layer: int, head: int, token: int | None, path: Path) -> None:
-    """Write where `token` looks in one head, as PNG or SVG; `None` draws every row and what each key receives."""
+def picture(report: Report, *, layer: int, head: int, token: int | Sequence[int] | None, path: Path) -> None:
+    """Write where `token` looks in one head, as PNG or SVG; `None` draws every row and what each key receives.
+
+    Several tokens are a word: its bars are the mean of where they look.
+    """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise InvalidInput(f"cannot write {path.name!r}: a picture ends in .png or .svg")
-    layers, heads, length, _ = report.weights.shape
-    for name, given, count in (("layer", layer, layers), ("head", head, heads), ("token", token or 0, length)):
-        if not 0 <= given < count:
-            raise InvalidInput(f"{name} {given} does not exist: this report has {count}, counted from 0")
+    rows, length = report.rows(layer, head, token), len(report.tokens)
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise InvalidInput('drawing needs matplotlib: pip install "foveate[see]"') from missing
+        raise InvalidInput(f"drawing needs matplotlib: {how_to_install('see')}") from missing
 
     short = length <= SHORT
-    shown = range(length) if short else _top(report, layer, head, token)
+    shown = range(length) if short else _top(report, layer, head, rows)
     with _fonts():
         figure = Figure(figsize=(9, 1.7 + 0.3 * (len(shown) + 1)), facecolor=PAPER)
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0, 1.7 + 0.3 * (len(shown) + 1)))
         axes.invert_yaxis()
         axes.axis("off")
-        _heading(axes, report, layer, head, token)
+        _heading(axes, report, layer, head, rows)
         if short:
-            _columns(axes, report, layer, head, token)
-        _bars(axes, report, layer, head, token, list(shown), short)
+            _columns(axes, report, layer, head, rows)
+        _bars(axes, report, layer, head, rows, list(shown), short)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _top(report: Report, layer: int, head: int, token: int | None) -> list[int]:
+def _top(report: Report, layer: int, head: int, rows: list[int]) -> list[int]:
     """The keys that a long text is shown by, largest first."""
-    if token is None:
+    if not rows:
         return [int(key) for key in report.received[layer, head].topk(min(16, len(report.tokens))).indices]
-    return list(_looks_at(report, layer, head, token))[:24]
+    return list(_looks_at(report, layer, head, rows))[:24]
 
 
-def _looks_at(report: Report, layer: int, head: int, token: int) -> dict[int, float]:
-    keys, weights = report.indices[layer, head, token].tolist(), report.weights[layer, head, token].tolist()
-    return {int(key): float(weight) for key, weight in zip(keys, weights, strict=True) if weight > 0}
+def _looks_at(report: Report, layer: int, head: int, rows: list[int]) -> dict[int, float]:
+    """The keys with a weight, the largest first."""
+    looks = report.looks(layer, head, rows).tolist()
+    return {key: looks[key] for key in sorted(range(len(looks)), key=lambda key: -looks[key]) if looks[key] > 0}
 
 
-def _heading(axes: Axes, report: Report, layer: int, head: int, token: int | None) -> None:
-    if token is not None:
-        reading = f"What “{_visible(report.tokens[token])}” looks at"
+def _heading(axes: Axes, report: Report, layer: int, head: int, rows: list[int]) -> None:
+    if rows:
+        mean = f", mean of its {len(rows)} tokens," if len(rows) > 1 else ""
+        reading = f"What “{' '.join(_visible(report.tokens[row]) for row in rows)}”{mean} looks at"
     else:
         reading = "What every token looks at" if len(report.tokens) <= SHORT else "What is looked at most"
     _write(axes, 0.4, 0.42, reading, size=15, weight="bold")
@@ -70,10 +74,10 @@ def _heading(axes: Axes, report: Report, layer: int, head: int, token: int | Non
     _write(axes, 0.4, 0.75, where, size=9, color=QUIET)
 
 
-def _columns(axes: Axes, report: Report, layer: int, head: int, token: int | None) -> None:
+def _columns(axes: Axes, report: Report, layer: int, head: int, rows: list[int]) -> None:
     """Rows on the left, keys on the right, a line for every weight between them."""
-    rows = range(len(report.tokens)) if token is None else [token]
-    edges = [(weight, row, key) for row in rows for key, weight in _looks_at(report, layer, head, row).items()]
+    each = rows or range(len(report.tokens))
+    edges = [(weight, row, key) for row in each for key, weight in _looks_at(report, layer, head, [row]).items()]
     for weight, row, key in sorted(edges):  # the heaviest on top
         x = [2.0 + 1.5 * i / 24 for i in range(25)]
         bend = [t * t * (3 - 2 * t) for t in (i / 24 for i in range(25))]  # leaves and arrives level
@@ -81,9 +85,9 @@ def _columns(axes: Axes, report: Report, layer: int, head: int, token: int | Non
         alpha = min(1.0, 0.5 + weight)
         axes.plot(x, y, color=_heat(max(weight, 0.05)), lw=0.6 + 5 * weight, alpha=alpha, zorder=1)
     for row, word in enumerate(report.tokens):
-        chosen = token is None or row == token
-        box = {"boxstyle": "round,pad=0.25", "fc": PAPER, "ec": EYE, "lw": 1.4} if row == token else None
-        color = EYE if row == token else INK if chosen else QUIET
+        chosen = not rows or row in rows
+        box = {"boxstyle": "round,pad=0.25", "fc": PAPER, "ec": EYE, "lw": 1.4} if row in rows else None
+        color = EYE if row in rows else INK if chosen else QUIET
         _write(
             axes,
             1.92,
@@ -97,14 +101,14 @@ def _columns(axes: Axes, report: Report, layer: int, head: int, token: int | Non
         )
 
 
-def _bars(axes: Axes, report: Report, layer: int, head: int, token: int | None, keys: list[int], short: bool) -> None:
+def _bars(axes: Axes, report: Report, layer: int, head: int, rows: list[int], keys: list[int], short: bool) -> None:
     """Each key with its share as heat and as a bar, and below them the share that no bar shows."""
-    listed = {} if token is None else _looks_at(report, layer, head, token)
+    listed = _looks_at(report, layer, head, rows) if rows else {}
     mean = report.received[layer, head].tolist()
     left, full = (5.2, 2.9) if short else (5.6, 2.5)
-    top = max([*mean, 1e-9]) if token is None else 1.0
+    top = 1.0 if rows else max([*mean, 1e-9])
     for place, key in enumerate(keys):
-        share = mean[key] if token is None else listed.get(key, 0.0)
+        share = listed.get(key, 0.0) if rows else mean[key]
         y, color = _at(place), _heat(share / top)
         box = {"boxstyle": "round,pad=0.25", "fc": color, "ec": "none"}
         if short:
@@ -116,12 +120,12 @@ def _bars(axes: Axes, report: Report, layer: int, head: int, token: int | None, 
             end = name.get_window_extent().transformed(axes.transData.inverted()).x1
             _write(axes, end + 0.15, y, _words(after), size=8.5, color=QUIET)
         axes.barh(y, full * share / top, height=0.17, left=left, color=_heat(max(share / top, 0.05)))
-        number = f"{share:.1%}" if share or token is None else "unlisted"
+        number = f"{share:.1%}" if share or not rows else "unlisted"
         _write(axes, left + full + 0.15, y, number, size=9)
 
     y = _at(len(keys)) + 0.08
     axes.plot([3.6 if short else 0.4, 8.75], [y - 0.19] * 2, color="#e5ded1", lw=0.8)
-    if token is None:
+    if not rows:
         lines = f"not shown as lines: {float(report.rest()[layer, head].mean()):.1%}"
         most = f"the {len(keys)} largest of {len(mean)}"
         says = f"bars: mean weight that each key receives, beside the largest; {lines if short else most}"

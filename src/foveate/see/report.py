@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, InvalidInput
 from foveate.see.watching import Seen
 
 NOTE = "Attention is a weight, not a cause: where a head looks need not be what decides the output."
@@ -20,7 +21,7 @@ class Report:
     indices: int64 `[layers, heads, N, k]`, the keys of the largest weights, largest first.
     weights: float32 `[layers, heads, N, k]`; 0 where fewer keys were visible.
     received: float32 `[layers, heads, N]`, the mean weight a key got from the rows that may see it.
-    note: one honest sentence to show beside the reading.
+    note: what to keep in mind, shown beside the reading.
     """
 
     text: str
@@ -34,6 +35,23 @@ class Report:
     def rest(self) -> Tensor:
         """float32 `[layers, heads, N]`: the weight that is not shown."""
         return (1 - self.weights.sum(-1)).clamp(min=0)
+
+    def looks(self, layer: int, head: int, rows: Sequence[int]) -> Tensor:
+        """float32 `[N]`: what is shown of where these rows look on average, which is where a word of several looks."""
+        total = self.received.new_zeros(len(self.tokens))
+        for row in rows:
+            total.index_add_(0, self.indices[layer, head, row], self.weights[layer, head, row])
+        return total / len(rows)
+
+    def rows(self, layer: int, head: int, token: int | Sequence[int] | None) -> list[int]:
+        """The rows of a token or of a word's tokens, none for None; raises `InvalidInput` for what is not there."""
+        rows = [] if token is None else [token] if isinstance(token, int) else [*token]
+        layers, heads, length, _ = self.weights.shape
+        places = [("layer", layer, layers), ("head", head, heads), *(("token", row, length) for row in rows)]
+        for name, given, count in places:
+            if not 0 <= given < count:
+                raise InvalidInput(f"{name} {given} does not exist: this report has {count}, counted from 0")
+        return rows
 
 
 def report(seen: Seen, tokens: list[str], *, text: str = "", model: str = "", k: int = 16) -> Report:

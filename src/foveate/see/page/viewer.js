@@ -47,10 +47,10 @@ function later() {
 
 function draw() {
   scheduled = false;
-  const { layer, head } = view, source = view.hover ?? view.token, r = row(layer, head, source);
+  const { layer, head } = view, source = view.hover ?? view.token;
   const list = looksAt(layer, head, source);
   const target = (view.hover === null ? view.target : null) ?? list[0]?.token ?? source;
-  const means = average.subarray(r - source, r - source + N);
+  const first = row(layer, head, 0), means = average.subarray(first, first + N);
   const top = view.received ? means.reduce((a, b) => Math.max(a, b), 1e-9) : 1;
   drawClaim(source, target);
   drawTokens(source, target, list, top);
@@ -65,8 +65,8 @@ function draw() {
   }
   $("layer").value = layer;
   $("head").value = head;
-  const { received, pattern } = view;
-  const pressed = { from: !received, received, "by-weight": !pattern, "by-pattern": pattern };
+  const { pattern } = view;
+  const pressed = { from: !view.received, received: view.received, "by-weight": !pattern, "by-pattern": pattern };
   for (const [id, on] of Object.entries(pressed)) $(id).setAttribute("aria-pressed", on);
   Object.assign(document.body.dataset, { layer, head, token: source, target, received: view.received });
 }
@@ -77,10 +77,11 @@ const percentNow = (value) => (view.received ? percent(value, true) : percent(va
 function drawClaim(source, target) {
   const { layer, head } = view, e = edge(layer, head, source, target);
   const strong = (textContent, className = "") => make("b", { textContent, className });
-  const value = view.received ? average[row(layer, head, source)] : e.weight;
+  const value = view.received ? received(layer, head, source) : e.weight;
   const number = strong(value === null ? `at most ${percent(e.bound)}` : percentNow(value), "number");
   const words = view.received ? [" receives ", number, " on average"] : [" → ", strong(shown(target)), " ", number];
-  const where = make("span", { className: "quiet", textContent: ` in layer ${layer}, head ${head}` });
+  const count = rowsOf(source).length, many = count > 1 ? `, ${view.received ? "sum" : "mean"} of its ${count} tokens` : "";
+  const where = make("span", { className: "quiet", textContent: ` in layer ${layer}, head ${head}${many}` });
   $("claim").replaceChildren(strong(shown(source), "source"), ...words, where);
 }
 
@@ -99,10 +100,12 @@ function drawTokens(source, target, list, top) {
     chips[token].style.color = w / top > 0.02 ? ink(rgb) : "";
   }
   heated = heat.map((k) => k.token);
-  chips[source].classList.add("source");
-  chips[source].tabIndex = 0;
-  chips[source].setAttribute("aria-current", "true");
-  if (!view.received) chips[target].classList.add("target");
+  for (const t of rowsOf(source)) {
+    chips[t].classList.add("source");
+    chips[t].setAttribute("aria-current", "true");
+  }
+  chips[rowsOf(source)[0]].tabIndex = 0;
+  if (!view.received) for (const t of rowsOf(target)) chips[t].classList.add("target");
   const lines = view.received ? [] : list.filter((k) => k.weight >= LINES).reverse();
   $("lines").replaceChildren(...lines.map((key) => line(source, key)));
   drawStrip(source, heat, top);
@@ -110,11 +113,11 @@ function drawTokens(source, target, list, top) {
 
 /** A curve behind the tokens: an arc on one line of text, a bend between two, a loop from a token to itself. */
 function line(source, { token, weight: w }) {
-  const a = chips[source], b = chips[token], y0 = $("tokens").offsetTop;
+  const from = rowsOf(source), a = chips[from[from.length >> 1]], b = chips[token], y0 = $("tokens").offsetTop;
   const x1 = a.offsetLeft + a.offsetWidth / 2, x2 = b.offsetLeft + b.offsetWidth / 2;
   let y1 = y0 + a.offsetTop, y2 = y0 + b.offsetTop, path;
   if (y1 === y2) {
-    const lift = Math.min(SHORT ? 64 : 24, 18 + Math.abs(x2 - x1) * 0.16), side = source === token ? 16 : 0;
+    const lift = Math.min(SHORT ? 64 : 24, 18 + Math.abs(x2 - x1) * 0.16), side = a === b ? 16 : 0;
     path = `M${x1 - side / 2} ${y1}C${x1 - side} ${y1 - lift} ${x2 + side} ${y2 - lift} ${x2 + side / 2} ${y2}`;
   } else {
     if (y2 < y1) y2 += b.offsetHeight; else y1 += a.offsetHeight;
@@ -136,7 +139,7 @@ function drawStrip(source, heat, top) {
   };
   pen.fillStyle = named("--line");
   pen.fillRect(0, height - scale, width, scale);
-  tick(source, 1, named("--eye"));
+  for (const t of rowsOf(source)) tick(t, 1, named("--eye"));
   for (const { token, weight: w } of heat) tick(token, Math.sqrt(w / top), css(color(Math.max(0.1, w / top))));
 }
 
@@ -162,15 +165,15 @@ function tableRow(label, share, number, fill) {
 
 const ROWS = 64;
 function drawKeys(source, target, list) {
-  const { layer, head } = view, left = rest[row(layer, head, source)];
+  const { layer, head } = view, left = unlisted(layer, head, source);
   const { rows, bound } = view.received ? lookedAtBy(layer, head, source) : { rows: list, bound: 0 };
   const bars = rows.slice(0, ROWS).map(({ token, weight: w }) => {
     const label = keyLabel(token, !view.received && token === target, percent(w));
     return tableRow(label, w, percent(w), css(color(Math.max(0.05, w))));
   });
-  const more = rows.slice(ROWS), sum = more.reduce((total, k) => total + k.weight, 0);
-  const total = view.received ? "" : percent(sum); // weights of several rows have no sum that means anything
-  if (more.length) bars.push(tableRow([`${more.length} more`], view.received ? 0 : sum, total, named("--line")));
+  const more = rows.slice(ROWS), others = sum(more.map((k) => k.weight));
+  const total = view.received ? "" : percent(others); // weights of several rows have no sum that means anything
+  if (more.length) bars.push(tableRow([`${more.length} more`], view.received ? 0 : others, total, named("--line")));
   $("keys").tBodies[0].replaceChildren(...bars);
   const [unshown, number] = view.received ? [bound, `≤${percent(bound)}`] : [left, percent(left, true)];
   $("keys").tFoot.replaceChildren(tableRow(["not shown: "], unshown, number));
@@ -202,7 +205,7 @@ function drawHeads(source, target) {
   if (view.pattern) patterns ??= drawPatterns();
   for (const cell of cells) {
     const { layer, head } = cell, x = head * side + scale, y = layer * side + scale;
-    const e = view.received ? { weight: average[row(layer, head, source)] } : edge(layer, head, source, target);
+    const e = view.received ? { weight: received(layer, head, source) } : edge(layer, head, source, target);
     if (view.pattern) pen.drawImage(patterns, head * PATCH, layer * PATCH, PATCH, PATCH, x, y, inner, inner);
     else {
       const dot = e.weight === null ? 0.4 : 0;
