@@ -185,6 +185,7 @@ def test_slicing_and_added_keys_without_it_are_errors() -> None:
         one.out()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # by diffusers
 @pytest.mark.parametrize("name", ["ltx", "flux", "qwen_image"])
 def test_another_backend_of_diffusers_is_an_error_and_native_ones_are_none(name: str) -> None:
     one = denoisers.__dict__[name]()
