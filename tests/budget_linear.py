@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foveate.linear import chunked, native, recurrence
-from foveate.linear_problem import LinearProblem
+from foveate.linear.problem import LinearProblem
 
 Run = Callable[[LinearProblem], tuple[Tensor, Tensor]]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import foveate as fv
 from foveate import Score
-from foveate.dispatch import dispatch
+from foveate.dispatch.choose import dispatch
 from foveate.problem import problem
 from foveate.softmax import flex
 

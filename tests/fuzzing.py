@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 import foveate as fv
 from foveate import Pattern, Score
-from foveate.dispatch import implementation, linear_implementation
+from foveate.dispatch.choose import implementation
 from foveate.integrations import fused
-from foveate.linear_problem import LinearProblem, LinearState, linear_problem
+from foveate.linear.choose import linear_implementation
+from foveate.linear.problem import LinearProblem, LinearState, linear_problem
 from foveate.problem import Problem, Result, problem
 from foveate.score import parse as parse_score
 from foveate.softmax import flex

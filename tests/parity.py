@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import foveate as fv
-from foveate import checkpoints, naming
+from foveate import pretrained
+from foveate.checkpoint import format
 from foveate.models import formats
 
 
@@ -184,14 +185,14 @@ def _written(theirs: nn.Module) -> dict[str, Tensor]:
 def _gradients(model: nn.Module) -> dict[str, tuple[Tensor | None, list[str]]]:
     """Our gradients by their names, each with the other names that a tied one goes by."""
     kind = model.config.kind
-    table = naming.plan(model, formats(kind)[kind])
+    table = format.plan(model, formats(kind)[kind])
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, tuple[Tensor | None, list[str]]] = {}
     for theirs, entry in table.entries.items():
         if not all(part in parameters for part in entry.parts):
             continue  # a buffer
         parts = {part: parameters[part].grad for part in entry.parts}
-        made = None if any(x is None for x in parts.values()) else checkpoints._made(entry, parts).make()
+        made = None if any(x is None for x in parts.values()) else pretrained._made(entry, parts).make()
         found[theirs] = made, [alias for alias, main in table.aliases.items() if main == theirs]
     return found
 

@@ -8,9 +8,9 @@ from sdpa_calls import CALLS, SDPA, biased, hidden, made, prefer, qkv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import foveate as fv
-from foveate import leads
+from foveate.dispatch import thresholds
+from foveate.dispatch.thresholds import Lead
 from foveate.integrations import fused
-from foveate.leads import Lead
 
 pytestmark = pytest.mark.usefixtures("_nothing_stays")
 
@@ -66,7 +66,7 @@ def test_one_table_says_where_the_kernels_lead(
     queries: int, key_heads: int, lead: Lead, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's calls and our own read the same limits; for short calls of our own there is one more."""
-    monkeypatch.setattr(leads, "lead", lambda _: lead)
+    monkeypatch.setattr(thresholds, "lead", lambda _: lead)
     q, k, v = qkv(queries=queries, key_heads=key_heads)
     with fv.accelerate() as acceleration:
         SDPA(q, k, v, enable_gqa=True)
@@ -78,7 +78,7 @@ def test_gradients_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     q, k, v = (x.requires_grad_() for x in qkv())
     for limit, ours in ((67, True), (68, False)):
         lead = Lead(queries=0, gradient=limit, products=0, shared=0)
-        monkeypatch.setattr(leads, "lead", lambda _, lead=lead: lead)
+        monkeypatch.setattr(thresholds, "lead", lambda _, lead=lead: lead)
         with fv.accelerate() as acceleration:
             SDPA(q, k, v).sum().backward()
         assert (("backward", "") in acceleration.report().foveate) == ours
@@ -88,7 +88,7 @@ def test_limits_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     """Short rows of bfloat16 are PyTorch's where the processor multiplies it, and ours where it does not."""
     q, k, v = (x.bfloat16()[:, :, :20].requires_grad_() for x in qkv())
     for has in (True, False):
-        monkeypatch.setattr(leads, "has_pairs", lambda has=has: has)
+        monkeypatch.setattr(thresholds, "has_pairs", lambda has=has: has)
         with fv.accelerate() as acceleration:
             SDPA(q, k, v).sum().backward()
         assert bool(acceleration.report().pytorch) == has
@@ -100,7 +100,7 @@ def test_short_calls_of_our_own_have_a_limit_more(monkeypatch: pytest.MonkeyPatc
     products = 2 * 6 * 67 * 131 * 16
     for limit, ours in ((products, True), (products + 1, False)):
         lead = Lead(queries=0, gradient=0, products=limit, shared=0)
-        monkeypatch.setattr(leads, "lead", lambda _, lead=lead: lead)
+        monkeypatch.setattr(thresholds, "lead", lambda _, lead=lead: lead)
         assert (fv.explain(q, k, v).chosen == "native") == ours
 
 

@@ -10,7 +10,8 @@ from calls import BATCH, DIM, GROUP, HEADS, VALUE_DIM, gradients, near, random, 
 from torch import Tensor
 
 import foveate as fv
-from foveate import InvalidInput, additive
+from foveate import InvalidInput
+from foveate.mechanisms import additive
 
 QUERIES, KEYS = 11, 13
 PATTERNS = {"all": None, "causal": fv.causal, "some rows see nothing": fv.from_mask(random_mask(QUERIES, KEYS, 0.1))}

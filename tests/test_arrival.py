@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.arrival import once_loaded
+from foveate.import_hook import once_loaded
 
 
 def test_it_is_done_once_and_after_the_module_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

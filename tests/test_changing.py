@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.pattern.memory import _REMEMBERED
+from foveate.pattern.block_mask_cache import _REMEMBERED
 
 Q = torch.randn(2, 4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -19,8 +19,9 @@ import transformers as hf
 from torch import nn
 
 import foveate as fv
-from foveate import checkpoints, tensorfiles
+from foveate import pretrained
 from foveate.bench.memory import peak, start
+from foveate.checkpoint import safetensors
 from foveate.installing import how_to_install
 from foveate.models import dit, gpt2, llama
 
@@ -63,14 +64,14 @@ def test_the_file_is_what_safetensors_writes(folder: Path) -> None:
 def test_every_dtype_and_shape_goes_there_and_back(tmp_path: Path) -> None:
     tensors = {
         str(dtype): torch.arange(6).view(2, 3).to(dtype)
-        for dtype in tensorfiles.WORDS
+        for dtype in safetensors.WORDS
         if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2)
     } | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "eighth": torch.ones(3).to(torch.float8_e4m3fn)}
-    written = {name: tensorfiles.Written(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-    tensorfiles.write_safetensors(tmp_path / FILE, written)
+    written = {name: safetensors.Written(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+    safetensors.write_safetensors(tmp_path / FILE, written)
     for found in (
         safetensors.torch.load_file(tmp_path / FILE),
-        {name: stored.read() for name, stored in tensorfiles.stored_in(tmp_path).items()},
+        {name: stored.read() for name, stored in safetensors.stored_in(tmp_path).items()},
     ):
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -87,7 +88,7 @@ def test_tensors_that_start_anywhere_are_read(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(
         len(header).to_bytes(8, "little") + header + b"abc" + bytes(value.view(torch.uint8).tolist())
     )
-    found = tensorfiles.stored_in(tmp_path)["x"].read()
+    found = safetensors.stored_in(tmp_path)["x"].read()
     assert torch.equal(found, value)
     assert found.data_ptr() % 4 == 0
 
@@ -115,7 +116,7 @@ def test_dtype_and_device_are_chosen(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_to_be_filled_has_no_memory_of_its_own(folder: Path) -> None:
-    with checkpoints._Hollow():
+    with pretrained._Hollow():
         model = gpt2.LanguageModel(CONFIG)
     assert all(parameter.is_meta for parameter in model.parameters())
 
@@ -472,13 +473,13 @@ def test_a_killed_save_of_a_new_folder_leaves_none(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 import foveate as fv
-from foveate import saving
+from foveate.checkpoint import folder
 from foveate.models import gpt2
-write = saving.write_safetensors
+write = folder.write_safetensors
 def killed(path, tensors):
     write(path, tensors)
     os.kill(os.getpid(), signal.SIGKILL)
-saving.write_safetensors = killed
+folder.write_safetensors = killed
 model = gpt2.LanguageModel(gpt2.Config(vocabulary=13, positions=11, dim=6, layers=2, heads=2))
 fv.save_pretrained(model, {str(tmp_path / "model")!r})
 """
@@ -514,12 +515,12 @@ def test_what_cannot_be_saved_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_progress_bar_is_for_terminals_with_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoints._shown([1, 2], "Loading") == [1, 2]
+    assert pretrained._shown([1, 2], "Loading") == [1, 2]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(checkpoints._shown([1, 2], "Loading")) == [1, 2]
-    assert checkpoints._shown([1, 2], "Loading") != [1, 2]
+    assert list(pretrained._shown([1, 2], "Loading")) == [1, 2]
+    assert pretrained._shown([1, 2], "Loading") != [1, 2]
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert checkpoints._shown([1, 2], "Loading") == [1, 2]
+    assert pretrained._shown([1, 2], "Loading") == [1, 2]
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a while is asked of Linux")

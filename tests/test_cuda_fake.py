@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
+from foveate.pattern.block_mask import Summary
+from foveate.pattern.block_mask_cache import summarise
 from foveate.pattern.interval import is_interval
-from foveate.pattern.listing import Listing, list_summary
-from foveate.pattern.memory import summarise
-from foveate.pattern.summary import Summary
+from foveate.pattern.kv_blocks import Listing, list_summary
 from foveate.problem import Problem
 from foveate.softmax import chunked, flex
 
@@ -55,7 +55,7 @@ def summaries(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> dict[str
 
     monkeypatch.setattr(flex, "summarise", really(real))
     monkeypatch.setattr(flex, "list_summary", listed)
-    monkeypatch.setattr("foveate.pattern.crossing.summarise", with_fake_bits)
+    monkeypatch.setattr("foveate.pattern.serialize.summarise", with_fake_bits)
     return asked
 
 

@@ -11,7 +11,7 @@ from fake_cuda import CUDA, everyone_looks, fake_cuda
 from torch import Tensor
 
 import foveate as fv
-from foveate.linear_problem import linear_problem
+from foveate.linear.problem import linear_problem
 from foveate.softmax import sdpa
 
 BATCH, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 37, 16

@@ -11,7 +11,7 @@ from kernels import normal
 from torch import Tensor
 
 import foveate as fv
-from foveate import capture
+from foveate import inspection
 from foveate.problem import problem
 
 Q, K, SLOPES = normal(1, 4, 70, 16), normal(1, 2, 70, 16, seed=1), torch.tensor([0.5, 0.25, 0.1, 0.01])
@@ -74,7 +74,7 @@ def test_defaults_change_nothing(name: str) -> None:
 
 def test_what_was_looked_at_does_not_depend_on_them() -> None:
     def looked() -> list[Tensor]:
-        seen = capture.looked(problem(Q, K, K, fv.causal & fv.window(2)), 3)
+        seen = inspection.looked(problem(Q, K, K, fv.causal & fv.window(2)), 3)
         return [seen.indices, seen.weights, seen.received, seen.watchers, seen.lse]
 
     wanted = looked()

@@ -300,7 +300,7 @@ def test_layers_without_a_text_are_noticed(name: str) -> None:
 
 
 def test_the_picture_alone_is_narrowed_under_gradients_and_masks() -> None:
-    from foveate.integrations.narrowing import narrowed_among
+    from foveate.integrations.sdpa_with_pattern import narrowed_among
 
     q, k, v = (torch.randn(2, 3, 11, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.rand(2, 1, 11, 11) < 0.8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.dispatch import NAMES, implementation, observe
+from foveate.dispatch.choose import NAMES, implementation, observe
 
 
 def _qkv(heads: int = 4, key_heads: int = 2, queries: int = 5, keys: int = 7, dim: int = 8, **more: object) -> list:

@@ -5,7 +5,8 @@ import torch
 from calls import gradients, near, random_mask, tensors
 
 import foveate as fv
-from foveate import InvalidInput, factorized
+from foveate import InvalidInput
+from foveate.mechanisms import strided
 from foveate.problem import problem
 
 lengths = pytest.mark.parametrize("length", [1, 4, 5, 23])
@@ -32,7 +33,7 @@ def test_fixed_is_attention_with_the_pattern(length, stride, last):
     true = fv.attention(*leaves, fv.fixed(stride, last), backend="reference")
     same(fv.fixed_attention(*leaves, stride, last), true, leaves)
     far = fv.attention(*leaves, fv.causal & fv.every(stride, last), backend="reference")
-    same(factorized.fixed(problem(*leaves), stride, last, own=False), far, leaves)
+    same(strided.run_fixed(problem(*leaves), stride, last, own=False), far, leaves)
 
 
 @lengths
@@ -58,13 +59,13 @@ def test_the_scale_and_no_batch():
 def test_few_pairs_are_asked_for(monkeypatch):
     """Over all calls: at most length · (stride + length / stride) pairs and no more than their tiles."""
     pairs = []
-    true = factorized.dispatch
+    true = strided.dispatch
     monkeypatch.setattr(
-        factorized, "dispatch", lambda call: pairs.append(call.q[..., 0].numel() * call.k.shape[2]) or true(call)
+        strided, "dispatch", lambda call: pairs.append(call.q[..., 0].numel() * call.k.shape[2]) or true(call)
     )
     length, stride = 1024, 32
     q = torch.randn(1, 1, length, 4)
-    factorized.strided(problem(q, q, q), stride)
+    strided.run_strided(problem(q, q, q), stride)
     near_by, far = pairs
     assert near_by == length**2  # by its tiles, of which the pattern leaves nearly all out
     assert far == length**2 // stride
@@ -86,10 +87,10 @@ def test_bad_input_gets_a_sentence(name, arguments, message):
 
 
 def test_queries_and_keys_are_one_text():
-    for run in (factorized.strided, factorized.dilated, factorized.fixed):
+    for run in (strided.strided, strided.dilated, strided.fixed):
         with pytest.raises(InvalidInput, match="there are 11 queries and 13 keys: wanted self-attention"):
             run(
                 problem(*tensors(11, 13)),
                 3,
-                *([None] if run is factorized.dilated else [1] * (run is factorized.fixed)),
+                *([None] if run is strided.dilated else [1] * (run is strided.fixed)),
             )

@@ -14,9 +14,9 @@ from families import FAMILIES, build, flat, real, top_weight
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.integrations.transformers import attending
+from foveate.integrations.transformers import attention
 from foveate.pattern.algebra import And, Pattern
-from foveate.pattern.given import FromMask
+from foveate.pattern.custom import FromMask
 from foveate.pattern.packing import Documents
 from foveate.pattern.positional import Chunks, Window
 from foveate.problem import Problem, Result
@@ -126,8 +126,8 @@ def _drop(part: str, call: Problem) -> Problem:
 def test_without_a_part_the_output_would_be_another(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         truth = outputs(name)
-        real_dispatch: Callable[[Problem], Result] = attending.dispatch
-        monkeypatch.setattr(attending, "dispatch", lambda call: real_dispatch(_drop(part, call)))
+        real_dispatch: Callable[[Problem], Result] = attention.dispatch
+        monkeypatch.setattr(attention, "dispatch", lambda call: real_dispatch(_drop(part, call)))
         with fv.patch(model(name)):
             found = outputs(name)
     main = next(key for key in truth if key.startswith("logits"))

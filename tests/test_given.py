@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate import capture
+from foveate import inspection
 from foveate.problem import problem
 
 B, H, NQ, NK, D = 2, 3, 5, 7, 11
@@ -55,7 +55,7 @@ NUMBERS: dict[str, tuple[Callable[[object], object], int | float]] = {
     "base": (lambda n: fv.rope(inputs()[0][..., :10], torch.arange(NQ), base=n).tolist(), 100.0),
     "turned": (lambda n: fv.rope(inputs()[0], torch.arange(NQ), dim=n).tolist(), 4),
     "YaRN": (lambda n: fv.rotary.YaRN(n, 64), 2.0),
-    "k": (lambda n: capture.looked(watched(), n).indices.tolist(), 2),
+    "k": (lambda n: inspection.looked(watched(), n).indices.tolist(), 2),
     "heads": (lambda n: sizes(fv.nn.MultiHeadAttention(12, n)), 3),
     "dim": (lambda n: sizes(fv.nn.SelfAttention(n, 3)), 12),
     "drop": (lambda n: fv.nn.SelfAttention(12, 3, dropout=n).dropout, 0.25),

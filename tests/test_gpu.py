@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import foveate as fv
-from foveate.dispatch import implementation
+from foveate.dispatch.choose import implementation
 from foveate.linear import chunked as linear_chunked
 from foveate.linear import recurrence
-from foveate.linear_problem import linear_problem
+from foveate.linear.problem import linear_problem
 from foveate.pattern.catalogue import parse
 from foveate.pattern.interval import is_interval
 from foveate.problem import Problem, problem

@@ -11,7 +11,8 @@ from calls import BATCH, GROUP, HEADS, gradients, near, random, random_mask, sco
 from torch import Tensor
 
 import foveate as fv
-from foveate import Chosen, InvalidInput, hard
+from foveate import Chosen, InvalidInput
+from foveate.mechanisms import hard
 from foveate.problem import problem
 
 QUERIES, KEYS = 11, 13

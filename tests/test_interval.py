@@ -13,7 +13,7 @@ from torch import Tensor
 import foveate as fv
 from foveate import Pattern
 from foveate.pattern.interval import ends, is_interval, span
-from foveate.pattern.listing import TILE, Listing, list_runs, list_summary
+from foveate.pattern.kv_blocks import TILE, Listing, list_runs, list_summary
 from foveate.positions import grid, starts
 
 BATCH, HEADS, LONGEST = 2, 3, 20

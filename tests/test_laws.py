@@ -6,7 +6,7 @@ from budget import assert_within_budget
 from torch import Tensor
 
 import foveate as fv
-from foveate.dispatch import implementation
+from foveate.dispatch.choose import implementation
 from foveate.problem import Problem, Result, problem
 from foveate.softmax import chunked, flex, reference, sdpa
 

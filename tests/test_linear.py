@@ -15,7 +15,7 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.linear import chunked, recurrence
-from foveate.linear_problem import linear_problem
+from foveate.linear.problem import linear_problem
 
 BATCH, KEY_HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 2, 5, 7
 HEADS = KEY_HEADS * GROUP

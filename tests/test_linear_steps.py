@@ -12,15 +12,15 @@ from test_native_linear import narrowed
 from torch import Tensor
 
 import foveate as fv
-from foveate import linear_steps
+from foveate.linear import step_cache
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    linear_steps.forget()
+    step_cache.forget()
     jaxtyping.config.update("jaxtyping_disable", True)  # what users have: the checks of shapes are the library's own
     yield
-    linear_steps.forget()
+    step_cache.forget()
     jaxtyping.config.update("jaxtyping_disable", False)
     torch._dynamo.reset()
 
@@ -32,7 +32,7 @@ def step(gate: str = "by step", dtype: torch.dtype = torch.float32, **options: b
 def test_it_is_taken_from_the_second_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = step()
     first, state = fv.linear_attention(**arguments)
-    monkeypatch.setattr("foveate.functional.dispatch_linear", None)
+    monkeypatch.setattr("foveate.linear.functional.dispatch_linear", None)
     out, last = fv.linear_attention(**arguments)
     assert torch.equal(out, first)
     assert torch.equal(last.s, state.s)
@@ -120,7 +120,7 @@ def test_tensors_that_have_to_be_copied_take_the_long_way() -> None:
             out, state = fv.linear_attention(**arguments | odd)
             torch.testing.assert_close(out, true)
             torch.testing.assert_close(state.s, last.s)
-    assert len(linear_steps._plans) == 1
+    assert len(step_cache._plans) == 1
 
 
 def test_decoding_is_a_chain_of_steps() -> None:
@@ -137,8 +137,8 @@ def test_decoding_is_a_chain_of_steps() -> None:
 
 
 def test_it_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_steps, "_MOST", 4)
+    monkeypatch.setattr(step_cache, "_MOST", 4)
     for dim in range(1, 20):
         q, state = torch.randn(1, 1, 1, dim), fv.LinearState(torch.zeros(1, 1, dim, dim), None)
         fv.linear_attention(q, q, q, state=state)
-    assert len(linear_steps._plans) <= 4
+    assert len(step_cache._plans) <= 4

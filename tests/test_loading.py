@@ -160,7 +160,7 @@ def test_another_process_reads_it_without_having_used_any(order: str, tmp_path: 
     torch.save((cache, fv.LinearState(torch.ones(2), None)), tmp_path / "states.pt")
     code = (
         f"{order}\n"
-        "import sys; assert 'foveate.cache' not in sys.modules\n"
+        "import sys; assert 'foveate.generation.cache' not in sys.modules\n"
         "cache, state = torch.load('states.pt'); assert cache.length == 3 and state.s.sum() == 2"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

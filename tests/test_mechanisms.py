@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate.dispatch import NAMES, implementation, observe
-from foveate.mechanisms import MECHANISMS, Mechanism
+from foveate.dispatch.choose import NAMES, implementation, observe
+from foveate.mechanisms.table import MECHANISMS, Mechanism
 from foveate.problem import Problem
 
 N, D = 24, 8
@@ -218,6 +218,6 @@ def test_names_are_told_apart() -> None:
 
 def test_every_function_that_attends_is_in_the_table() -> None:
     calls = " ".join(one.call for one in MECHANISMS)
-    attending = [name for name in fv.__all__ if name.endswith("_attention") or name in fv._HOME["foveate.linear_forms"]]
+    attending = [name for name in fv.__all__ if name.endswith("_attention") or name in fv._HOME["foveate.linear.forms"]]
     others = {"paged_attention"}  # where keys lie, not who attends to whom
     assert [name for name in attending if f"fv.{name}(" not in calls and name not in others] == []

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import foveate as fv
+from foveate.checkpoint.rope_config import read_scaling, write_scaling
 from foveate.models import llama
-from foveate.rope_settings import read_scaling, write_scaling
 
 
 def seen(inputs: dict[str, Tensor]) -> fv.Pattern | None:

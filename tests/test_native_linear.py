@@ -26,9 +26,9 @@ from test_linear import (
 from torch import Tensor
 
 import foveate as fv
-from foveate import dispatch
+from foveate.dispatch import choose
 from foveate.linear import chunked, native, recurrence
-from foveate.linear_problem import LinearProblem, linear_problem
+from foveate.linear.problem import LinearProblem, linear_problem
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -261,18 +261,18 @@ def test_numbers_below_the_normal_ones_are_there_again_afterwards() -> None:
 
 def test_who_computes_what() -> None:
     arguments = call(9)
-    assert dispatch.linear_chosen(linear_problem(**narrowed(arguments))) is native
-    assert dispatch.linear_chosen(linear_problem(**arguments)) is chunked
+    assert choose.linear_chosen(linear_problem(**narrowed(arguments))) is native
+    assert choose.linear_chosen(linear_problem(**arguments)) is chunked
     with pytest.raises(fv.Unsupported, match=r"native: dtype is float64 \(takes float32, bfloat16, float16\)"):
         fv.linear_attention(**arguments, backend="native")
     one = narrowed({name: x[:, :, :1] if isinstance(x, Tensor) else x for name, x in arguments.items()})
-    assert dispatch.linear_chosen(linear_problem(**one)) is native
+    assert choose.linear_chosen(linear_problem(**one)) is native
 
 
 def test_without_a_compiler_the_rest_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_native", None)
-    assert dispatch.linear_chosen(linear_problem(**narrowed(call(9)))) is chunked
-    assert dispatch.linear_chosen(linear_problem(**narrowed(call(1)))) is recurrence
+    assert choose.linear_chosen(linear_problem(**narrowed(call(9)))) is chunked
+    assert choose.linear_chosen(linear_problem(**narrowed(call(1)))) is recurrence
     with pytest.raises(fv.Unsupported, match="install a C\\+\\+ compiler"):
         fv.linear_attention(**narrowed(call(9)), backend="native")
 

@@ -10,7 +10,7 @@ from test_laws import PATTERNS, SCORES, make_problem
 from torch import Tensor
 
 import foveate as fv
-from foveate import capture
+from foveate import inspection
 from foveate.problem import Problem, problem
 from foveate.softmax import native
 
@@ -21,8 +21,8 @@ def agrees(call: Problem, dtype: torch.dtype, top: int) -> None:
     """Within the budget of float32: twice what capture loses in it, plus two roundings. Ties may be in any order."""
     rounded, _ = cast(call, dtype, gradients=False)
     wide, _ = cast(rounded, torch.float64, gradients=False)
-    true, plain = capture.looked(wide, top), capture.looked(cast(rounded, torch.float32, gradients=False)[0], top)
-    exact = capture.weights(wide)
+    true, plain = inspection.looked(wide, top), inspection.looked(cast(rounded, torch.float32, gradients=False)[0], top)
+    exact = inspection.weights(wide)
     top = min(top, call.k.shape[2])
     for kernel in KERNELS:
         indices, *numbers = native.looked(rounded, top, kernel)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import foveate as fv
 from foveate import values
-from foveate.pattern import memory
+from foveate.pattern import block_mask_cache
 from foveate.problem import Problem, problem
 from foveate.softmax import native
 
@@ -188,7 +188,7 @@ def test_a_fork_while_another_thread_computes() -> None:
 def test_a_fork_while_another_thread_holds_every_lock() -> None:
     """A pattern is read from text, summarized and remembered in the child, as if nothing had been held."""
     held, done = threading.Event(), threading.Event()
-    locks = [values._PARSER, memory._REMEMBERED.lock]
+    locks = [values._PARSER, block_mask_cache._REMEMBERED.lock]
 
     def hold() -> None:
         with locks[0], locks[1]:

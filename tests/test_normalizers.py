@@ -12,7 +12,7 @@ from test_laws import SCORES, make_problem
 from torch import Tensor
 
 import foveate as fv
-from foveate import InvalidInput, Unsupported, capture
+from foveate import InvalidInput, Unsupported, inspection
 from foveate.normalizers import Normalizer, parse
 from foveate.problem import problem
 from foveate.softmax import chunked, reference
@@ -219,7 +219,7 @@ def test_what_is_seen_of_it_is_what_is_computed(normalizer):
     q, k, v = tensors(QUERIES, KEYS)
     shares = fv.weights(q, k, v, fv.causal, normalizer=normalizer)
     near(fv.weights(q, k, v, fv.causal, normalizer=normalizer, rows=[-1, 2]), shares[:, :, [-1, 2]])
-    looked = capture.looked(problem(q, k, v, fv.causal, normalizer=normalizer), 4)
+    looked = inspection.looked(problem(q, k, v, fv.causal, normalizer=normalizer), 4)
     near(looked.weights, shares.gather(-1, looked.indices))
     near(looked.received, shares.sum(2))
     assert looked.lse.isnan().all()

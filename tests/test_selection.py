@@ -15,7 +15,7 @@ from torch import Tensor
 import foveate as fv
 from foveate import InvalidInput, Pattern
 from foveate.pattern.algebra import And
-from foveate.pattern.chosen import Selected
+from foveate.pattern.selected import Selected
 from foveate.selection import choosing
 from foveate.selection import indexer as indexing
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate import shortcut
-from foveate.dispatch import observe
+from foveate.dispatch import call_cache
+from foveate.dispatch.choose import observe
 
 PATTERNS = [None, fv.causal, fv.causal & fv.window(3), fv.window(left=1, right=2)]
 
@@ -25,7 +25,7 @@ def qkv(
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    shortcut.forget()
+    call_cache.forget()
     jaxtyping.config.update("jaxtyping_disable", True)  # what users have: the checks of shapes are the library's own
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -100,7 +100,7 @@ def test_transforms_and_autocast_and_observers_still_work() -> None:
 
 
 def test_it_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shortcut, "_MOST", 4)
+    monkeypatch.setattr(call_cache, "_MOST", 4)
     for keys in range(1, 20):
         fv.attention(*qkv(1, keys))
-    assert len(shortcut._decided) <= 4
+    assert len(call_cache._decided) <= 4

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import foveate as fv
 from foveate.pattern.algebra import Tiles
-from foveate.pattern.matrix import summarise_matrix
-from foveate.pattern.tiling import build
+from foveate.pattern.packed_mask import summarise_matrix
+from foveate.pattern.quadtree import build
 
 SLOWLY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True, "database": None}
 EMPTY, PARTIAL, FULL = 0, 1, 2

@@ -14,9 +14,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import foveate as fv
 from foveate import InvalidInput, Unsupported
-from foveate.capture import looked
 from foveate.eager import is_eager, is_known, is_plain
-from foveate.linear_problem import LinearState
+from foveate.inspection import looked
+from foveate.linear.problem import LinearState
 from foveate.problem import problem
 
 LENGTH = 131

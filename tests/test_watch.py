@@ -182,7 +182,7 @@ def test_an_end_in_another_context_is_an_end() -> None:
 
 
 def test_a_thread_in_the_middle_of_a_forward_is_not_heard_any_more() -> None:
-    from foveate.dispatch import is_observed
+    from foveate.dispatch.choose import is_observed
 
     inside, go, heard = threading.Event(), threading.Event(), []
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate as fv
-from foveate import InvalidInput, capture
+from foveate import InvalidInput, inspection
 from foveate.problem import problem
 
 QUERIES, KEYS = 11, 13
@@ -76,7 +76,7 @@ def test_rows_that_do_not_exist(rows):
 def test_what_was_looked_at_agrees_with_all_the_weights(pattern, term):
     (q, k, v, seen), options = call(pattern, term)
     shares = fv.weights(q, k, v, seen, **options)
-    looked = capture.looked(problem(q, k, v, seen, **options), 4)
+    looked = inspection.looked(problem(q, k, v, seen, **options), 4)
     _, lse = fv.attention_with_lse(q, k, v, seen, **options, backend="reference")
     near(looked.weights, shares.sort(-1, descending=True).values[..., :4], 8)
     near(looked.weights, shares.gather(-1, looked.indices), 8)
@@ -96,16 +96,16 @@ def test_what_was_looked_at_agrees_with_all_the_weights(pattern, term):
 @pytest.mark.parametrize("k", [1, KEYS, KEYS + 7])
 def test_more_keys_than_there_are(k):
     (q, key, v, _), _ = call("all", "none")
-    looked = capture.looked(problem(q, key, v), k)
+    looked = inspection.looked(problem(q, key, v), k)
     assert looked.weights.shape == (BATCH, HEADS, QUERIES, min(k, KEYS))
 
 
 def test_many_rows_are_worked_out_a_few_at_a_time(monkeypatch):
     (q, k, v, seen), options = call("causal", "together")
-    whole, looked = fv.weights(q, k, v, seen, **options), capture.looked(problem(q, k, v, seen, **options))
-    monkeypatch.setattr(capture, "_ENTRIES_AT_ONCE", 2 * BATCH * HEADS * KEYS)
+    whole, looked = fv.weights(q, k, v, seen, **options), inspection.looked(problem(q, k, v, seen, **options))
+    monkeypatch.setattr(inspection, "_ENTRIES_AT_ONCE", 2 * BATCH * HEADS * KEYS)
     near(fv.weights(q, k, v, seen, **options), whole, 8)
-    again = capture.looked(problem(q, k, v, seen, **options))
+    again = inspection.looked(problem(q, k, v, seen, **options))
     for name in ("weights", "rest", "received", "lse", "entropy"):
         near(getattr(again, name), getattr(looked, name))
     assert torch.equal(again.watchers, looked.watchers)

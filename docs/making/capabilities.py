@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import foveate as fv
-from foveate.dispatch import NAMES, choose, implementation
+from foveate.dispatch.choose import NAMES, choose, implementation
 from foveate.problem import problem
 from making.filling import filled
 
@@ -69,7 +69,10 @@ Refusals = dict[str, list[str]]
 def capabilities() -> str:
     """The page of what each implementation refuses."""
     # The page is about a machine with a compiler and a processor that multiplies bfloat16.
-    with mock.patch("shutil.which", return_value="g++"), mock.patch("foveate.leads.has_pairs", return_value=True):
+    with (
+        mock.patch("shutil.which", return_value="g++"),
+        mock.patch("foveate.dispatch.thresholds.has_pairs", return_value=True),
+    ):
         cpu = {name: _refusals(name, torch.zeros) for name in FEATURES}
     with (
         FakeTensorMode(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.mechanisms import MECHANISMS, Mechanism
+from foveate.mechanisms.table import MECHANISMS, Mechanism
 from making.filling import filled
 
 

@@ -102,7 +102,7 @@ def run(
     """Run a script with PyTorch's attention on our kernels; at its end say on standard error what was reached."""
     import runpy
 
-    from foveate.arrival import once_loaded
+    from foveate.import_hook import once_loaded
     from foveate.integrations.torch import accelerate
     from foveate.script import is_sound
 
@@ -179,7 +179,7 @@ def mechanisms(
     from rich.table import Table
     from rich.text import Text
 
-    from foveate.mechanisms import chosen
+    from foveate.mechanisms.table import chosen
 
     console = Console(emoji=False, highlight=False)
     if not console.is_terminal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from foveate.dispatch import NAMES, choose
+from foveate.dispatch.choose import NAMES, choose
 from foveate.machine import facts, packages
 from foveate.problem import problem
 

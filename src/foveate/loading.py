@@ -9,9 +9,9 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "foveate.cache": ("restored", "restored_layer", "GrowingLayer"),
+    "foveate.generation.cache": ("restored", "restored_layer", "GrowingLayer"),
     "foveate.integrations.transformers.cache": ("restored", "_restored_layer"),
-    "foveate.linear_problem": ("LinearState",),
+    "foveate.linear.problem": ("LinearState",),
     "foveate.nn.attention": ("KeysValues",),
     "foveate.nn.decoder": ("DecoderState",),
     "foveate.nn.mixing": ("MixerState",),

@@ -14,7 +14,7 @@ from foveate.eager import is_transformed
 from foveate.errors import InvalidInput
 from foveate.normalizers import Normalizer, Rowwise, SoftmaxPlusOne
 from foveate.pattern.algebra import And, Pattern
-from foveate.pattern.given import as_pattern
+from foveate.pattern.custom import as_pattern
 from foveate.pattern.positional import causal
 from foveate.positions import Extent, Pairs, grid
 from foveate.score import Score, bias
@@ -135,6 +135,31 @@ def problem(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
     return Problem(q, k, v, pattern, score, scale_of(scale), start, dropout, seed, needs_lse, rowwise)
+
+
+def batched_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Tensor | None = None,
+    score: Score | Tensor | None = None,
+    scale: float | None = None,
+    query_start: int | Tensor | None = None,
+    normalizer: Normalizer | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    *,
+    needs_lse: bool = False,
+) -> tuple[Problem, bool]:
+    """The checked problem, and whether the call had a batch dimension."""
+    batched = not all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
+    if not batched:
+        q, k, v = q[None], k[None], v[None]
+    call = problem(
+        q, k, v, pattern, score=score, scale=scale, query_start=query_start, normalizer=normalizer,
+        dropout=dropout, seed=seed, needs_lse=needs_lse,
+    )  # fmt: skip
+    return call, batched
 
 
 def _check_normalizer(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.eager import is_plain, is_transformed
@@ -281,3 +282,40 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 if not TYPE_CHECKING:
     __getattr__ = explained_names(__name__)
+
+
+@explained
+def rope(
+    x: Float[Tensor, "*batch heads length size"],
+    positions: Int[Tensor, " length"] | Int[Tensor, "batch_or_one length"],
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    dim: int | None = None,
+    scaling: Scaling | None = None,
+) -> Float[Tensor, "*batch heads length size"]:
+    """q or k with rotary positions: pair i turned by position · base^(−2i / dim).
+
+    Angles are in float32 or wider, and so is the product. `fv.nn.Rotary` is the same as a part of a model.
+
+    Args:
+        positions: integers, one row for all or one for each of the batch.
+        interleaved: pairs (2i, 2i + 1), as the paper; else (i, i + dim/2), as Llama and most others.
+        dim: how many of the first entries are turned; None = all.
+        scaling: a law for longer texts than the training's, such as `fv.rotary.YaRN(4.0, 4096)`.
+
+    Raises:
+        InvalidInput: an odd dim, or positions that do not fit.
+
+    Su et al. 2021: https://arxiv.org/abs/2104.09864
+
+    >>> import torch
+    >>> import foveate as fv
+    >>> q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)  # dot products depend on the distance alone
+    >>> near, far = (fv.rope(q, torch.tensor([n + 3])) @ fv.rope(k, torch.tensor([n])).mT for n in (0, 5000))
+    >>> torch.allclose(near, far)
+    True
+    """
+    dim = dense(x, "x").shape[-1] if dim is None else dim
+    check_size(dim, base)
+    return turn(x, angles(positions, dim, base, scaling, x.dtype), interleaved)

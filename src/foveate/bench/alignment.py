@@ -25,7 +25,7 @@ from foveate.bench.memory import peak, start
 from foveate.bench.results import Figure
 from foveate.bench.rows import Claim, Row
 from foveate.bench.truth import Truth, rounding
-from foveate.functional import additive_attention
+from foveate.mechanisms.additive import additive_attention
 
 _Align = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

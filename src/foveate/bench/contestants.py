@@ -2,7 +2,7 @@
 
 - native, auto: `foveate.attention`, by name and by choice
 - avx2: our kernel for machines without AVX-512
-- looked: `foveate.capture.looked`: the eight largest weights of each row, and what each key received
+- looked: `foveate.inspection.looked`: the eight largest weights of each row, and what each key received
 - sdpa: PyTorch's scaled_dot_product_attention: plain, causal, or with grouped heads
 - sdpa mask: the same, with the pattern as a boolean matrix
 - folded: the same for decoding, with the heads of a group as queries: no mask, no repeated keys
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from foveate.bench.rows import Row
-from foveate.capture import looked
 from foveate.errors import unknown_name, unsupported
 from foveate.functional import attention
+from foveate.inspection import looked
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.positional import causal
 from foveate.positions import Pairs

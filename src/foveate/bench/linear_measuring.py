@@ -25,8 +25,9 @@ from foveate.bench.linear import LinearRow
 from foveate.bench.measuring import repeated, rounded, verdict
 from foveate.bench.results import Figure, Measured
 from foveate.errors import Unsupported, unknown_name, unsupported
-from foveate.functional import attention, linear_attention
-from foveate.linear_problem import LinearState
+from foveate.functional import attention
+from foveate.linear.functional import linear_attention
+from foveate.linear.problem import LinearState
 from foveate.pattern.catalogue import causal
 
 OURS = ("native", "chunked", "recurrence")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from foveate.bench.contestants import Turn
 from foveate.bench.given import images, padded, remembered, words
 from foveate.bench.models import ModelRow
-from foveate.cache import KeyValueCache
-from foveate.checkpoints import from_pretrained
+from foveate.generation.cache import KeyValueCache
 from foveate.pattern.packing import padding
+from foveate.pretrained import from_pretrained
 
 
 def opened(theirs: Any) -> nn.Module:

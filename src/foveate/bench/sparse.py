@@ -24,8 +24,8 @@ from foveate.bench.truth import Truth, truth
 from foveate.errors import unknown_name
 from foveate.functional import attention
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.chosen import Selected, selected
 from foveate.pattern.positional import causal
+from foveate.pattern.selected import Selected, selected
 from foveate.selection import moba
 
 _SHRINK = 32  # of lengths in the quick table

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from foveate.errors import InvalidInput
-from foveate.integrations.narrowing import narrowed, narrowed_among
 from foveate.integrations.origins import Origin, Origins, tensors_in
+from foveate.integrations.sdpa_with_pattern import narrowed, narrowed_among
 from foveate.pattern.algebra import Pattern
 
 Places = Pattern | Callable[[int], Pattern]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.leads import leads_backward, leads_forward
-from foveate.pattern.matrix import TILE, summarise_matrix
-from foveate.pattern.summary import Summary
+from foveate.dispatch.thresholds import leads_backward, leads_forward
+from foveate.pattern.block_mask import Summary
+from foveate.pattern.packed_mask import TILE, summarise_matrix
 from foveate.primitives import readable
 from foveate.softmax.native import _DTYPES, ALL_TILES, NO_BIAS, _matrix, bare
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
 from foveate.installing import how_to_install
-from foveate.integrations.narrowing import narrowed
+from foveate.integrations.sdpa_with_pattern import narrowed
 from foveate.pattern.algebra import Pattern
 from foveate.values import whole
 

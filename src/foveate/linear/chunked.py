@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.eager import is_known
-from foveate.linear_problem import LinearProblem
+from foveate.linear.problem import LinearProblem
 from foveate.values import static_size
 
 _CHUNKS = 16, 64  # the fewest and the most steps in a chunk, unless there are fewer

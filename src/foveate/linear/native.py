@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.eager import is_eager, is_transformed
 from foveate.errors import unsupported
-from foveate.linear_problem import LinearProblem
+from foveate.linear.problem import LinearProblem
 from foveate.primitives import readable
 from foveate.problem import without_autocast
 from foveate.slicewise import slicewise

@@ -11,7 +11,7 @@ al. 2024, https://arxiv.org/abs/2406.06484, with decays as in https://arxiv.org/
 import torch
 from torch import Tensor
 
-from foveate.linear_problem import LinearProblem
+from foveate.linear.problem import LinearProblem
 
 
 def refuses(problem: LinearProblem) -> list[str]:

@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from foveate.checkpoint.format import Format
 from foveate.names import UnknownName
-from foveate.naming import Format
 
 # The `model_type` of config.json, or the class of diffusers that it names → the file that computes it.
 FAMILIES = {

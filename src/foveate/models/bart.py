@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.cache import KeyValueCache
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import InvalidInput, unknown_name
-from foveate.generation import greedy
-from foveate.naming import Format, Names
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn import Block, CrossAttention, FeedForward, Learned, PostNorm, SelfAttention, Sinusoidal
 from foveate.nn.transformer import Decoder, Encoder
 from foveate.pattern.algebra import Pattern

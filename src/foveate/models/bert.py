@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format
 from foveate.errors import InvalidInput
-from foveate.naming import Format
 from foveate.nn import Block, FeedForward, PostNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import documents, padding

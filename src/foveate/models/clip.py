@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, prefixed
 from foveate.errors import InvalidInput, unknown_name
-from foveate.naming import Format, prefixed
 from foveate.nn import Block, FeedForward, PreNorm, SelfAttention
 from foveate.nn.block import Activation
 from foveate.pattern.algebra import Pattern

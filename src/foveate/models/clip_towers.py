@@ -15,9 +15,9 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.checkpoint.format import Format
 from foveate.models.clip import IMAGE, IMAGE_FIELDS, TEXT, TEXT_FIELDS, Config, Ids, Image, Pixels, Text
 from foveate.models.clip import PRESETS as WHOLE
-from foveate.naming import Format
 from foveate.pattern.algebra import Pattern
 
 PRESETS = {f"{name}-text": replace(config, kind="clip_text_model") for name, config in WHOLE.items()} | {

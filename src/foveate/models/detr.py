@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, Names, prefixed
 from foveate.errors import InvalidInput, unknown_name
 from foveate.models import resnet
-from foveate.naming import Format, Names, prefixed
 from foveate.nn import FeedForward, MultiHeadAttention, PostNorm, Sinusoidal
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import padding

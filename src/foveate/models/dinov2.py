@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import InvalidInput
-from foveate.naming import Format, Names
 from foveate.nn import Block, FeedForward, GatedFeedForward, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe

@@ -6,8 +6,8 @@ their parts are called.
 
 from __future__ import annotations
 
+from foveate.checkpoint.format import Format
 from foveate.models.bert import Config, MaskedWords, Model, QuestionSpans, SequenceClassifier, TokenClassifier
-from foveate.naming import Format
 
 PRESETS = {"distilbert": Config(layers=6, label_dropout=0.2, kind="distilbert")}
 

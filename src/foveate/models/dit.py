@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, Names, prefixed
+from foveate.checkpoint.safetensors import DIFFUSERS
 from foveate.errors import InvalidInput
-from foveate.naming import Format, Names, prefixed
 from foveate.nn import FeedForward, SelfAttention
 from foveate.pattern.algebra import Pattern
-from foveate.tensorfiles import DIFFUSERS
 from foveate.values import describe
 
 Images = Float[Tensor, "batch channels height width"]

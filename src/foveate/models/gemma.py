@@ -22,15 +22,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.cache import KeyValueCache
+from foveate.checkpoint.format import Format, Names
+from foveate.checkpoint.rope_config import SCALING, check_length, upgraded, upgraded_by_type
 from foveate.errors import InvalidInput
 from foveate.functional import attention
-from foveate.generation import greedy
-from foveate.naming import Format, Names
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn import Block, GatedFeedForward, PreNorm, Rotary, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal, window
-from foveate.rope_settings import SCALING, check_length, upgraded, upgraded_by_type
 from foveate.rotary import Linear, Scaling
 from foveate.score import softcap
 
@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
     def generate(
         self, tokens: Int[Tensor, "batch length"], *, new: int, keep: Bool[Tensor, "batch length"] | None = None
     ) -> Int[Tensor, "batch longer"]:
-        """`foveate.generation.greedy` with this model: the tokens and up to `new` more."""
+        """`foveate.generation.greedy.greedy` with this model: the tokens and up to `new` more."""
         cache, config = KeyValueCache(self.config.layers), self.config
         return greedy(self.body, self.scores, tokens, cache, new=new, keep=keep, end=config.end, pad=config.pad)
 

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from foveate.cache import GrowingLayer, KeyValueCache
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import InvalidInput
-from foveate.generation import greedy
-from foveate.naming import Format, Names
+from foveate.generation.cache import GrowingLayer, KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn import MultiHeadAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
     def generate(
         self, tokens: Int[Tensor, "batch length"], *, new: int, keep: Bool[Tensor, "batch length"] | None = None
     ) -> Int[Tensor, "batch longer"]:
-        """`foveate.generation.greedy` with this model: the tokens and up to `new` more."""
+        """`foveate.generation.greedy.greedy` with this model: the tokens and up to `new` more."""
         config = self.config
         return greedy(
             self.body, self.head, tokens, KeyValueCache(config.layers), new=new, keep=keep, end=config.end,

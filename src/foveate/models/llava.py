@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.cache import KeyValueCache
+from foveate.checkpoint.format import Format, prefixed
+from foveate.checkpoint.rope_config import SCALING, upgraded
 from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.generation import greedy
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.models import clip, llama
-from foveate.naming import Format, prefixed
 from foveate.pattern.algebra import Pattern
-from foveate.rope_settings import SCALING, upgraded
 from foveate.rotary import Scaling
 
 
@@ -169,7 +169,7 @@ class LanguageModel(nn.Module):
         new: int,
         keep: Bool[Tensor, "batch length"] | None = None,
     ) -> Int[Tensor, "batch longer"]:
-        """`foveate.generation.greedy` with this model: the tokens and up to `new` more; images are read once."""
+        """`foveate.generation.greedy.greedy` with this model: the tokens and up to `new` more; images are read once."""
 
         def decoder(step: Tensor, pattern: Pattern | None, *, positions: Tensor | None, cache: KeyValueCache) -> Tensor:
             x = self.words(step, pixels if cache.length == 0 else None)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from foveate.checkpoint.format import Codec, Format
 from foveate.errors import InvalidInput
 from foveate.models.bart import COMMON, FIELDS, Config, LanguageModel, Model
-from foveate.naming import Codec, Format
 
 PRESETS = {
     "opus-mt": Config(

@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, Names, prefixed
+from foveate.checkpoint.safetensors import DIFFUSERS
 from foveate.errors import InvalidInput
 from foveate.models import dit
 from foveate.models.dit import Images, Patches, Times
-from foveate.naming import Format, Names, prefixed
 from foveate.nn import CrossAttention, FeedForward, KeysValues, SelfAttention
 from foveate.pattern.algebra import Pattern
-from foveate.tensorfiles import DIFFUSERS
 from foveate.values import describe
 
 Caption = Float[Tensor, "batch words size"]

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from foveate.checkpoint.rope_config import upgraded
 from foveate.models.llama import FULL, SLIDING, Config, format_of, heads
-from foveate.rope_settings import upgraded
 
 PRESETS = {
     "qwen2-0.5b": Config(

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Names
 from foveate.errors import InvalidInput, unknown_name
-from foveate.naming import Names
 from foveate.values import describe
 
 BASIC, BOTTLENECK = "basic", "bottleneck"

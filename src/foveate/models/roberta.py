@@ -6,6 +6,7 @@ https://arxiv.org/abs/1911.02116. The modules are those of `bert.py`; here is wh
 
 from __future__ import annotations
 
+from foveate.checkpoint.format import Format
 from foveate.models.bert import (
     FIELDS,
     FIXED,
@@ -17,7 +18,6 @@ from foveate.models.bert import (
     SequenceClassifier,
     TokenClassifier,
 )
-from foveate.naming import Format
 
 PRESETS = {
     "roberta-base": Config(50265, 514, 1, epsilon=1e-5, pad=1, kind="roberta"),

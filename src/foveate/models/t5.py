@@ -22,11 +22,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.cache import KeyValueCache
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import unknown_name
 from foveate.functional import attention
-from foveate.generation import greedy
-from foveate.naming import Format, Names
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn import Block, CrossAttention, FeedForward, GatedFeedForward, PreNorm, RelativeBias, SelfAttention
 from foveate.nn.transformer import Decoder, Encoder
 from foveate.pattern.algebra import Pattern

@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import InvalidInput, unknown_name
-from foveate.naming import Format, Names
 from foveate.nn import Block, FeedForward, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe

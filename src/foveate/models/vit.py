@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.checkpoint.format import Format
 from foveate.errors import InvalidInput
-from foveate.naming import Format
 from foveate.nn import Block, FeedForward, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe

@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.cache import KeyValueCache
+from foveate.checkpoint.format import Format, Names
 from foveate.errors import InvalidInput
-from foveate.generation import greedy
-from foveate.naming import Format, Names
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn import Block, CrossAttention, Decoder, Encoder, FeedForward, MultiHeadAttention, PreNorm, SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import causal

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.functional import additive_attention, additive_weights, attention, local_attention, weights
+from foveate.functional import attention, weights
+from foveate.mechanisms.additive import additive_attention, additive_weights, local_attention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import padding
 from foveate.values import describe, integers, sequence, whole

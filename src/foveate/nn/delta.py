@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from foveate.errors import InvalidInput
-from foveate.linear_forms import delta, gated_delta, kimi_delta
+from foveate.linear.forms import delta, gated_delta, kimi_delta
 from foveate.nn.mixing import MixerState, ShortConvolution, entered, head_size, joined, of_length_one, parted
 from foveate.pattern.algebra import Pattern
 from foveate.problem import accumulator

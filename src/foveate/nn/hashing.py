@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
-from foveate.functional import lsh_attention
+from foveate.mechanisms.lsh import lsh_attention
 from foveate.pattern.algebra import Pattern
 from foveate.values import sequence, whole
 

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
-from foveate.functional import linear_attention
 from foveate.linear.features import Favor, elu_plus_one, favor
-from foveate.linear_problem import Feature
+from foveate.linear.functional import linear_attention
+from foveate.linear.problem import Feature
 from foveate.nn.mixing import MixerState, entered, head_size, joined, parted
 from foveate.pattern.algebra import Pattern
 from foveate.values import describe, sequence

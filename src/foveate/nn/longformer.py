@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveate.eager import is_known
 from foveate.errors import InvalidInput
-from foveate.functional import merge_by_rows
+from foveate.mechanisms.merge import merge_by_rows
 from foveate.nn.attention import SelfAttention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.packing import PaddingKeep, PaddingLengths, padding

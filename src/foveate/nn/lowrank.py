@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InvalidInput
-from foveate.functional import linformer_attention, nystrom_attention
+from foveate.mechanisms.lowrank import linformer_attention, nystrom_attention
 from foveate.pattern.algebra import Pattern
 from foveate.values import whole
 

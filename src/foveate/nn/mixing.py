@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.errors import InvalidInput
-from foveate.linear_problem import LinearState, step_ids
+from foveate.linear.problem import LinearState, step_ids
 from foveate.pattern.algebra import Pattern
 from foveate.values import at_hand, describe, sequence, whole
 

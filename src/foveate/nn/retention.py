@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, silu
 
 from foveate.errors import InvalidInput
-from foveate.linear_forms import gated_linear, retention
+from foveate.linear.forms import gated_linear, retention
 from foveate.nn.mixing import MixerState, entered, head_size, joined, parted
 from foveate.nn.position import Rotary
 from foveate.pattern.algebra import Pattern

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.cache import KeyValueCache
 from foveate.errors import InvalidInput
-from foveate.generation import greedy
+from foveate.generation.cache import KeyValueCache
+from foveate.generation.greedy import greedy
 from foveate.nn.position import Sinusoidal
 from foveate.nn.transformer import Transformer
 from foveate.pattern.algebra import Pattern

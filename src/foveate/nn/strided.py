@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate import factorized
 from foveate.errors import InvalidInput
-from foveate.functional import attention, dilated_attention, fixed_attention, strided_attention
+from foveate.functional import attention
+from foveate.mechanisms.strided import dilated_attention, fixed_attention, run_fixed, strided_attention
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.catalogue import fixed, strided
 from foveate.pattern.positional import causal, chunks, every, window
@@ -87,7 +87,7 @@ class Fixed(nn.Module):
             own, summaries = causal & chunks(self.stride), causal & every(self.stride, self.last)
             inside = attention(*near, _both(own, pattern), **options)
             if _plain(q, k, pattern, options):
-                return torch.cat([inside, factorized.fixed(problem(*far), self.stride, self.last, own=False)], 1)
+                return torch.cat([inside, run_fixed(problem(*far), self.stride, self.last, own=False)], 1)
             return torch.cat([inside, attention(*far, _both(summaries, pattern), **options)], 1)
         if _plain(q, k, pattern, options):
             return fixed_attention(q, k, v, self.stride, self.last)

@@ -16,8 +16,8 @@ from typing import Any, Self, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate.cache import KeyValueCache
 from foveate.errors import InvalidInput
+from foveate.generation.cache import KeyValueCache
 from foveate.nn.block import Block
 from foveate.nn.pytorch import rename_layers
 from foveate.pattern.algebra import Pattern

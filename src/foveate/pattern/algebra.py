@@ -29,7 +29,7 @@ from foveate.words import NOTHING, lenient
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from foveate.pattern.summary import Summary
+    from foveate.pattern.block_mask import Summary
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -127,7 +127,7 @@ class Pattern:
         tile: int = 128,
     ) -> Summary:
         """Which tiles of `tile` × `tile` pairs are empty, full or partial; memory follows what is not empty."""
-        from foveate.pattern.memory import summarise
+        from foveate.pattern.block_mask_cache import summarise
 
         self._check(batch, heads, queries, keys, query_start)
         return summarise(self, batch, heads, queries, keys, query_start, tile)

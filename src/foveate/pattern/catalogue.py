@@ -9,11 +9,11 @@ from torch import Tensor
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
 from foveate.pattern.blocked import blocks, blockwise, random_blocks
-from foveate.pattern.chosen import selected
-from foveate.pattern.given import from_mask, rule
-from foveate.pattern.gridded import neighborhood
+from foveate.pattern.custom import from_mask, rule
+from foveate.pattern.grid import neighborhood
 from foveate.pattern.packing import documents, padding
 from foveate.pattern.positional import causal, chunks, every, global_tokens, pooled, prefix, window
+from foveate.pattern.selected import selected
 from foveate.values import Held, read, whole
 from foveate.words import explained
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.fit import batch_misfit, row_misfit
+from foveate.pattern.checks import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, extremes_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
 from foveate.values import Integers, Name, as_tensor, at_hand, dense, describe, extremes, integers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.fit import batch_misfit, row_misfit
+from foveate.pattern.checks import batch_misfit, row_misfit
 from foveate.pattern.ranges import count_in, lookup
 from foveate.positions import Extent, Pairs, Tiles
 from foveate.values import Name, as_tensor, describe, integers, is_listed, whole

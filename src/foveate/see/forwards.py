@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.dispatch import Observation
+from foveate.dispatch.choose import Observation
 
 
 def follow(model: nn.Module, observation: Observation, ran: Callable[[], None]) -> Callable[[], None]:

@@ -10,10 +10,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate import capture
-from foveate.capture import Looked
-from foveate.dispatch import Observation
+from foveate import inspection
+from foveate.dispatch.choose import Observation
 from foveate.errors import FoveateError, InvalidInput
+from foveate.inspection import Looked
 from foveate.problem import Problem
 from foveate.score import parse
 from foveate.see.forwards import follow
@@ -54,11 +54,11 @@ class Seen:
         self, call: int, rows: Sequence[int] | Tensor | None = None, columns: Sequence[int] | Tensor | None = None
     ) -> Float[Tensor, "batch heads rows columns"]:
         """The exact weights of one call, for these rows and columns; None means all."""
-        return capture.weights(self._call(call), rows, columns)
+        return inspection.weights(self._call(call), rows, columns)
 
     def looked(self, call: int, k: int = 16) -> Looked:
         """The k largest weights of every row of one call, the rest of the weight, and what every key received."""
-        return capture.looked(self._call(call), k)
+        return inspection.looked(self._call(call), k)
 
     def _call(self, number: int) -> Problem:
         if not self.calls:

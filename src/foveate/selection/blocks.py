@@ -12,9 +12,9 @@ from torch import Tensor
 from foveate.eager import is_known
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.chosen import selected
 from foveate.pattern.positional import causal
-from foveate.pattern.tiling import extent
+from foveate.pattern.quadtree import extent
+from foveate.pattern.selected import selected
 from foveate.positions import Pairs, Tiles, starts
 from foveate.primitives import group, ungroup
 from foveate.problem import Problem, accumulator, problem

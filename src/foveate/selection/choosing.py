@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InvalidInput
-from foveate.pattern.reach import reach
+from foveate.pattern.band import reach
 from foveate.primitives import by_blocks
 from foveate.problem import Problem
 from foveate.values import whole

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import And, Pattern
-from foveate.pattern.chosen import Selected, selected
+from foveate.pattern.selected import Selected, selected
 from foveate.primitives import by_blocks, normalized, raw_scores
 from foveate.problem import Problem, accumulator, problem
 from foveate.score import Score

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from foveate.errors import InvalidInput
 from foveate.pattern.algebra import Pattern
-from foveate.pattern.chosen import selected
-from foveate.pattern.given import as_pattern
+from foveate.pattern.custom import as_pattern
+from foveate.pattern.selected import selected
 from foveate.positions import grid
 from foveate.primitives import normalized, raw_scores
 from foveate.problem import accumulator, problem

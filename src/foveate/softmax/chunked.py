@@ -26,10 +26,10 @@ from foveate.errors import unsupported
 from foveate.normalizers import Rowwise
 from foveate.normalizers import parse as parse_normalizer
 from foveate.pattern.algebra import Pattern
+from foveate.pattern.block_mask import Summary
 from foveate.pattern.catalogue import parse as parse_pattern
-from foveate.pattern.crossing import SUMMARY, cannot_cross, tiles, written
 from foveate.pattern.interval import is_interval, span
-from foveate.pattern.summary import Summary
+from foveate.pattern.serialize import SUMMARY, cannot_cross, tiles, written
 from foveate.positions import Pairs, grid
 from foveate.primitives import dropout_mask, group, raw_scores, room_for_out, ungroup, weigh
 from foveate.problem import Problem, Result, accumulator, without_autocast

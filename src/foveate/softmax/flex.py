@@ -1,6 +1,6 @@
 """FlexAttention, compiled by torch, with the tiles of an interval or of our summary for its block mask.
 
-What a mask says are numbers in tensors, never code: see `pattern/listing.py`. Lengths are symbols of the compiled
+What a mask says are numbers in tensors, never code: see `pattern/kv_blocks.py`. Lengths are symbols of the compiled
 kernel, so that it serves every length and every mask of its kind. Forward on a CPU, forward and backward on CUDA.
 
 Keys hidden from one row but visible to another do matter here if their value holds NaN or inf.
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from foveate.eager import is_eager
 from foveate.pattern.algebra import Pattern
+from foveate.pattern.block_mask import Summary
+from foveate.pattern.block_mask_cache import summarise
 from foveate.pattern.interval import ends, is_interval, span
-from foveate.pattern.listing import TILE, Listing, Tells, list_runs, list_summary
-from foveate.pattern.memory import summarise
-from foveate.pattern.summary import Summary
+from foveate.pattern.kv_blocks import TILE, Listing, Tells, list_runs, list_summary
 from foveate.positions import Pairs, starts
 from foveate.primitives import laid_out_as, without_unseen
 from foveate.problem import Problem, Result, accumulator

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from foveate.eager import is_eager
 from foveate.errors import InvalidInput, unsupported
-from foveate.pattern.crossing import cannot_cross, listed, tiles, written
-from foveate.pattern.lists import Lists
-from foveate.pattern.reach import Reach, reach
+from foveate.pattern.band import Reach, reach
+from foveate.pattern.gather import Lists
+from foveate.pattern.serialize import cannot_cross, listed, tiles, written
 from foveate.positions import Pairs
 from foveate.positions import starts as starts_of
 from foveate.primitives import readable, room_for_out

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.locks import Lock
-from foveate.pattern.given import FromMask
+from foveate.pattern.custom import FromMask
 from foveate.pattern.packing import PaddingKeep, PaddingLengths
 from foveate.pattern.positional import Causal
 from foveate.primitives import group, laid_out_as, ungroup, without_unseen

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer
 
-from foveate.cache import GrowingLayer, alone
 from foveate.errors import InvalidInput
+from foveate.generation.cache import GrowingLayer, alone
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]

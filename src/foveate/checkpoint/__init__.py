@@ -1,0 +1,1 @@
+"""Folders of weights: their format, their files, and what `from_pretrained` reads."""

@@ -1,0 +1,1 @@
+"""Who computes a call, and calls like one before."""

@@ -1,0 +1,1 @@
+"""Text one token after the other."""
