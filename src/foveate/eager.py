@@ -33,6 +33,7 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 _PRE_DISPATCH = DispatchKey.PreDispatch  # make_fx keeps a mode there
 _TYPES = (Tensor, Parameter)
 _ODD = _all_but(_PLAIN)
+_ODD_ON_CPU = _all_but(("ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU"))
 _UNREADABLE = _all_but((*_PLAIN, "Negative", "ZeroTensor"))
 
 
@@ -58,19 +59,34 @@ def is_eager(*tensors: Tensor) -> bool:
     All of them are plain, and no graph, trace, transform or mode is at work that has to see operators. Every tensor of
     a call belongs here, not q, k and v alone: what a kernel gets is an address, and that of a subclass is 0.
     """
-    if (
-        torch.compiler.is_compiling()
-        or _stack()
-        or _tracer() is not None
-        or _included(_PRE_DISPATCH)
-        or _interpreters() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if is_intercepted():
         return False
     for x in tensors:  # noqa: SIM110 — `is_plain`, written out: a generator takes as long as what it asks
         if type(x) not in _TYPES or _keys(x).raw_repr() & _ODD:
             return False
     return True
+
+
+def is_eager_on_cpu(tensors: Iterable[Tensor], *, trains: bool) -> bool:
+    """`is_eager`, of tensors that lie on the CPU; where a call `trains`, of such as need no gradient."""
+    if is_intercepted():
+        return False
+    for x in tensors:
+        if type(x) not in _TYPES or _keys(x).raw_repr() & _ODD_ON_CPU or (trains and x.requires_grad):
+            return False
+    return True
+
+
+def is_intercepted() -> bool:
+    """Whether a graph, a trace, a transform or a mode is at work that has to see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or _stack() > 0
+        or _tracer() is not None
+        or _included(_PRE_DISPATCH)
+        or _interpreters() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def is_known(x: Tensor) -> bool:

@@ -201,8 +201,9 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Whether q, k and v are four-dimensional and fit each other, or `InvalidInput` with what was wanted."""
-    for name, x in zip("qkv", (q, k, v), strict=True):
-        dense(x, name)
+    dense(q, "q")
+    dense(k, "k")
+    dense(v, "v")
     wanted = _wanted(q, k, v)
     if wanted:
         given = ", ".join(f"{name} is {describe(x)} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))

@@ -156,6 +156,8 @@ def dropout_of(value: object) -> float:
 
 def scale_of(value: object) -> float:
     """The factor before a softmax, or a clear error."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if isinstance(value, Tensor):
         raise InvalidInput(f"scale is {describe(value)}: wanted a number, or None; multiply q by what is a tensor")
     return number(value, "scale", "a finite number, or None for dim^-½", below=math.inf)

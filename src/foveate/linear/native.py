@@ -57,7 +57,7 @@ def _run(problem: LinearProblem, kernel: str = "", threads: int = 0) -> tuple[Te
     trains, narrow = problem.needs_gradient, not problem.normalize and problem.v.dtype == problem.dtype
     # An operator costs more than a short call: only where something has to see it.
     tensors = q, problem.k, problem.v, problem.decay, problem.beta, problem.resets, problem.state
-    run = _forward_op if trains or not is_eager(*(x for x in tensors if x is not None)) else _forward
+    run = _forward_op if trains or not is_eager(*[x for x in tensors if x is not None]) else _forward
     out, last, _ = run(
         *tensors, problem.scale, problem.delta_rule, problem.causal, narrow, trains, kernel, threads
     )  # fmt: skip
@@ -86,7 +86,8 @@ def _forward(
     out = _empty(q, (*q.shape[:3], v.shape[3]), v.dtype if narrow else torch.float32)
     if not (k.numel() and v.numel()):
         return out.zero_(), state.clone(memory_format=torch.contiguous_format), _empty(q, _saved_shape(k, v, False))
-    last, saved = _empty(q, state.shape), _empty(q, _saved_shape(k, v, saves))
+    last = torch.empty_like(state, memory_format=torch.contiguous_format)  # in half the time of new_empty
+    saved = _empty(q, _saved_shape(k, v, saves))
     held = _Held(q, k, v, decay, beta, resets, state)  # named, so that it lives until the kernel is done
     _native.linear(*held.arguments(out, last, saved if saves else None, scale, delta_rule, reads, kernel, threads))
     return out, last, saved

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.eager import is_eager
+from foveate.eager import is_eager_on_cpu
 from foveate.linear import native
 from foveate.linear.choose import linear_chosen
 from foveate.linear.problem import LinearProblem, LinearState
@@ -29,7 +29,7 @@ Signature = tuple[Hashable, ...]
 class _Plan(NamedTuple):
     """What the kernel is told of every such step, beside addresses and threads."""
 
-    out: tuple[torch.Size, torch.dtype]
+    out: tuple[torch.Size, torch.dtype] | None  # None where it is as v
     rows: tuple[tuple[int, ...], ...]  # strides and dtypes of q, k, v and out
     sizes: tuple[int, ...]
     scale: float
@@ -55,17 +55,19 @@ def signature(
     """All that checks and choices of this step depend on, the kernel's own aside, or None where they depend on more."""
     if not (isinstance(k, Tensor) and k.dim() == 4 and k.shape[2] == 1) or type(state) is not LinearState:
         return None
-    tensors = [q, k, v, state.s, *(x for x in (decay, beta) if x is not None)]
-    trains = torch.is_grad_enabled()
-    if (
-        state.z is not None
-        or not is_eager(*tensors)
-        or any(not x.is_cpu or (trains and x.requires_grad) for x in tensors)
-    ):
+    tensors = [q, k, v, state.s]
+    if decay is not None:
+        tensors.append(decay)
+    if beta is not None:
+        tensors.append(beta)
+    if state.z is not None or not is_eager_on_cpu(tensors, trains=torch.is_grad_enabled()):
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    return (options, decay is None, beta is None, *((x.shape, x.stride(), x.dtype) for x in tensors))
+    found: list[Hashable] = [options, decay is None, beta is None]
+    for x in tensors:
+        found += x.shape, x.stride(), x.dtype
+    return tuple(found)
 
 
 def again(
@@ -81,8 +83,9 @@ def again(
     plan = _plans.get(key)
     if plan is None:
         return None
-    shape, dtype = plan.out
-    out, last = q.new_empty(shape, dtype=dtype), state.new_empty(state.shape)
+    # What is like a contiguous tensor is contiguous, and is made in half the time.
+    out = torch.empty_like(v) if plan.out is None else q.new_empty(plan.out[0], dtype=plan.out[1])
+    last = torch.empty_like(state)
     rows, gates = plan.rows, plan.gates
     fine = _native.linear_checked(
         (
@@ -119,8 +122,9 @@ def remember(
     tensors, sizes, scale, kinds, gates, _, (_, _, _, segment) = arguments[:7]
     if len(_plans) >= _MOST:
         _plans.clear()
+    like = call.v.is_contiguous() and call.v.shape == out.shape and call.v.dtype == out.dtype
     _plans[key] = _Plan(
-        (out.shape, out.dtype), tuple(row[1:] for row in tensors), sizes, scale, kinds,
+        None if like else (out.shape, out.dtype), tuple(row[1:] for row in tensors), sizes, scale, kinds,
         (gates[0][1:], gates[1][1:]), segment,
     )  # fmt: skip
 
