@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 # The modules whose functions state shapes; elsewhere the wrappers would only get in the way of torch's tracers.
-STATE_SHAPES = "functional", "linear.functional", "mechanisms", "rotary", "see.watching"
+STATE_SHAPES = "functional", "linear.functional", "mechanisms", "see.watching"
 install_import_hook([f"foveate.{name}" for name in STATE_SHAPES], "beartype.beartype")
 
 

@@ -21,7 +21,7 @@ from torch import nn
 import foveate as fv
 from foveate import pretrained
 from foveate.bench.memory import peak, start
-from foveate.checkpoint import safetensors
+from foveate.checkpoint import safetensors as ours
 from foveate.installing import how_to_install
 from foveate.models import dit, gpt2, llama
 
@@ -64,14 +64,14 @@ def test_the_file_is_what_safetensors_writes(folder: Path) -> None:
 def test_every_dtype_and_shape_goes_there_and_back(tmp_path: Path) -> None:
     tensors = {
         str(dtype): torch.arange(6).view(2, 3).to(dtype)
-        for dtype in safetensors.WORDS
+        for dtype in ours.WORDS
         if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2)
     } | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "eighth": torch.ones(3).to(torch.float8_e4m3fn)}
-    written = {name: safetensors.Written(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-    safetensors.write_safetensors(tmp_path / FILE, written)
+    written = {name: ours.Written(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+    ours.write_safetensors(tmp_path / FILE, written)
     for found in (
         safetensors.torch.load_file(tmp_path / FILE),
-        {name: stored.read() for name, stored in safetensors.stored_in(tmp_path).items()},
+        {name: stored.read() for name, stored in ours.stored_in(tmp_path).items()},
     ):
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def test_tensors_that_start_anywhere_are_read(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(
         len(header).to_bytes(8, "little") + header + b"abc" + bytes(value.view(torch.uint8).tolist())
     )
-    found = safetensors.stored_in(tmp_path)["x"].read()
+    found = ours.stored_in(tmp_path)["x"].read()
     assert torch.equal(found, value)
     assert found.data_ptr() % 4 == 0
 

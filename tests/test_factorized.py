@@ -87,10 +87,10 @@ def test_bad_input_gets_a_sentence(name, arguments, message):
 
 
 def test_queries_and_keys_are_one_text():
-    for run in (strided.strided, strided.dilated, strided.fixed):
+    for run in (strided.run_strided, strided._dilated, strided.run_fixed):
         with pytest.raises(InvalidInput, match="there are 11 queries and 13 keys: wanted self-attention"):
             run(
                 problem(*tensors(11, 13)),
                 3,
-                *([None] if run is strided.dilated else [1] * (run is strided.fixed)),
+                *([None] if run is strided._dilated else [1] * (run is strided.run_fixed)),
             )

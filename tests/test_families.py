@@ -14,7 +14,7 @@ from families import FAMILIES, build, flat, real, top_weight
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.integrations.transformers import attention
+from foveate.integrations.transformers import attention_interface
 from foveate.pattern.algebra import And, Pattern
 from foveate.pattern.custom import FromMask
 from foveate.pattern.packing import Documents
@@ -126,8 +126,8 @@ def _drop(part: str, call: Problem) -> Problem:
 def test_without_a_part_the_output_would_be_another(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         truth = outputs(name)
-        real_dispatch: Callable[[Problem], Result] = attention.dispatch
-        monkeypatch.setattr(attention, "dispatch", lambda call: real_dispatch(_drop(part, call)))
+        real_dispatch: Callable[[Problem], Result] = attention_interface.dispatch
+        monkeypatch.setattr(attention_interface, "dispatch", lambda call: real_dispatch(_drop(part, call)))
         with fv.patch(model(name)):
             found = outputs(name)
     main = next(key for key in truth if key.startswith("logits"))

@@ -226,7 +226,7 @@ def test_rows_replace_and_minus_1_is_none():
         (lambda: fv.merge_by_gates(outs(2), random(2)), "the gates are <float64 2>"),
         (lambda: fv.merge_by_gates([outs(1)[0], outs(1)[0].float()], random(2)), "wanted one shape and dtype"),
         (lambda: fv.merge_by_rows(*outs(2), torch.tensor([0, 1, 2, 3, 5])), "the rows go from 0 to 5: wanted 0 to 4"),
-        (lambda: merge.merge_by_rows(*outs(2), torch.tensor([0, 1])), r"the rows are <int64 2> .*: wanted \[5\]"),
+        (lambda: merge._by_rows(*outs(2), torch.tensor([0, 1])), r"the rows are <int64 2> .*: wanted \[5\]"),
         (lambda: fv.merge_by_rows(outs(1)[0], outs(1)[0].float(), torch.arange(5)), "wanted the same, but for the num"),
     ],
 )

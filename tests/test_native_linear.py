@@ -26,8 +26,7 @@ from test_linear import (
 from torch import Tensor
 
 import foveate as fv
-from foveate.dispatch import choose
-from foveate.linear import chunked, native, recurrence
+from foveate.linear import choose, chunked, native, recurrence
 from foveate.linear.problem import LinearProblem, linear_problem
 
 EPS = torch.finfo(torch.float32).eps

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.errors import InvalidInput, Unsupported
-from foveate.mechanisms.paged import paged
+from foveate.mechanisms.paged import _paged as paged
 from foveate.problem import Problem, Result, problem
 from foveate.softmax import native
 

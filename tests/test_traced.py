@@ -182,7 +182,7 @@ def test_a_traced_call_finds_the_place_of_its_queries_anew(backend: str) -> None
 
 
 def test_a_layer_without_a_mask_finds_the_place_of_its_queries_anew() -> None:
-    from foveate.integrations.transformers.attention import attention
+    from foveate.integrations.transformers.attention_interface import attention
     from foveate.integrations.transformers.switching import PLAN, Plan
 
     layer = nn.Module()
@@ -197,7 +197,7 @@ def test_a_layer_without_a_mask_finds_the_place_of_its_queries_anew() -> None:
 
 
 def test_offsets_of_texts_that_cannot_be_compared_are_taken_apart() -> None:
-    from foveate.integrations.transformers.attention import attention
+    from foveate.integrations.transformers.attention_interface import attention
 
     layer = nn.Module()
 

@@ -42,7 +42,7 @@ def test_a_layer_without_a_mask_is_causal_if_it_says_so() -> None:
 
 
 def test_one_query_without_a_mask_stands_at_the_last_key() -> None:
-    from foveate.integrations.transformers.attention import PLAN, Plan
+    from foveate.integrations.transformers.attention_interface import PLAN, Plan
 
     q, k = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 7, 4)
     layer = torch.nn.Module()

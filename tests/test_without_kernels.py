@@ -62,8 +62,10 @@ def test_doctor_says_that_there_are_none() -> None:
 
 
 MODULES = (
-    "functional", "cache", "capture", "linear_forms", "linear_problem", "normalizers", "score", "pattern.catalogue",
-    "pattern.algebra", "see.watching", "nn.attention", "nn.transformer", "selection",
+    "functional", "generation.cache", "inspection", "linear.forms", "linear.functional", "linear.problem",
+    "mechanisms.additive", "mechanisms.hard", "mechanisms.lowrank", "mechanisms.lsh", "mechanisms.merge",
+    "mechanisms.paged", "mechanisms.strided", "rotary", "normalizers", "score", "pattern.catalogue", "pattern.algebra",
+    "see.watching", "nn.attention", "nn.transformer", "selection",
 )  # fmt: skip
 
 

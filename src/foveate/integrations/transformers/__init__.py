@@ -4,7 +4,7 @@ Two functions are registered under one name: the attention, and the mask, withou
 future. Importing this registers them.
 """
 
-from foveate.integrations.transformers.attention import attention
+from foveate.integrations.transformers.attention_interface import attention
 from foveate.integrations.transformers.cache import GrowingCache
 from foveate.integrations.transformers.layers import is_layer
 from foveate.integrations.transformers.masks import mask

@@ -15,7 +15,7 @@ from torch import nn
 from foveate.errors import FoveateError, InvalidInput
 from foveate.installing import how_to_install
 from foveate.integrations import recomputing
-from foveate.integrations.transformers.attention import attention
+from foveate.integrations.transformers.attention_interface import attention
 from foveate.integrations.transformers.layers import attention_layers, chosen
 from foveate.integrations.transformers.masks import mask
 from foveate.integrations.transformers.switching import BEFORE, NAME, POSITIONS, Plan, Switch, contradicts_causal, plans
