@@ -237,7 +237,7 @@ def softmax(draw: Draw, compiles: bool) -> Case:
     else:
         name, attend = backend, public(backend)
     ways: list[Way] = [eager, eager, again, checkpointed, among_nan]
-    if dtype not in NARROW:
+    if dtype not in NARROW and name != "sdpa":  # such tensors are every second number: PyTorch's kernels take none
         ways.append(with_lazy_signs)
     if name == backend:
         ways += [without_gradients, beside_subclasses]
