@@ -14,6 +14,7 @@ from making.models import models
 from making.own_models import own_models
 from making.patterns import patterns
 from making.pictures import pictures
+from making.speed import speed
 
 HERE = Path(__file__).parent
 
@@ -26,6 +27,7 @@ def pages() -> dict[str, str]:
         "capabilities.md": capabilities(),
         "models.md": models(),
         "models-of-our-own.md": own_models(),
+        "images/speed.svg": speed(),
         **pictures(),
     }
 
