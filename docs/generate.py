@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from making.benchmarks import benchmarks
 from making.capabilities import capabilities
 from making.mechanisms import mechanisms
 from making.models import models
@@ -24,6 +25,7 @@ def pages() -> dict[str, str]:
     return {
         "patterns.md": patterns(),
         "mechanisms/index.md": mechanisms(),
+        "benchmarks.md": benchmarks(),
         "capabilities.md": capabilities(),
         "models.md": models(),
         "models-of-our-own.md": own_models(),
